@@ -1,0 +1,31 @@
+"""Stochastic weight averaging for TensorFlow, exact on every replica.
+
+`SWA` is the callback for whatever `tf.keras` is: Keras 3, or tf_keras where
+`TF_USE_LEGACY_KERAS=1`. `swa_dist.keras.SWA` and `swa_dist.tfkeras.SWA` say which. Nothing heavy is
+imported before one of them is asked for.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from swa_dist.keras import SWA
+
+__all__ = ["SWA", "__version__"]
+
+__version__ = version("swa-dist")
+
+
+def __getattr__(name: str) -> Any:
+    if name != "SWA":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module(f"{__name__}.{_binding()}").SWA
+
+
+def _binding() -> str:
+    try:
+        import tensorflow as tf
+    except ImportError:
+        return "keras"  # which says what to do
+    return "tfkeras" if tf.keras.__version__.startswith("2.") else "keras"

@@ -1,0 +1,81 @@
+"""How much data a training step is fed, counted where it is fed."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from swa_dist.train_function import TrainFunction
+
+
+class CountingTrainFunction(TrainFunction):
+    """A model's train function that also counts batches and rows.
+
+    The counting is part of the traced step, one scalar for each replica and batch: it costs no
+    synchronization, needs nothing from the data, and knows the ragged last batch, a generator's
+    moods and every one of the batches in an execution of `steps_per_execution`.
+
+    Args:
+        model: A compiled Keras model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._strategy = model.distribute_strategy
+        with self._strategy.scope():
+            self._largest, self._batches = (
+                tf.Variable(
+                    tf.zeros([], tf.int64),
+                    trainable=False,
+                    aggregation=tf.VariableAggregation.NONE,
+                )
+                for _ in range(2)
+            )
+        train_step = model.train_step
+
+        def counted_train_step(data):  # type: ignore[no-untyped-def]
+            self._count(data)
+            return train_step(data)
+
+        super().__init__(model, [(model, "train_step", counted_train_step)])
+
+    @property
+    def largest_batch(self) -> int:
+        """Rows of the largest global batch since `reset`; 0 if there was none with rows."""
+        return self._read(self._largest)
+
+    @property
+    def batches(self) -> int:
+        """Global batches since `reset`."""
+        return self._read(self._batches)
+
+    def reset(self) -> None:
+        """Forget what was counted."""
+        for variable in (self._largest, self._batches):
+            variable.assign(0)
+
+    @tf.autograph.experimental.do_not_convert
+    def _count(self, data: Any) -> None:
+        context = tf.distribute.get_replica_context()
+        rows = context.merge_call(_global_rows, args=(_rows(data),))
+        self._largest.assign(tf.maximum(self._largest, rows))
+        self._batches.assign_add(1)
+
+    def _read(self, variable: tf.Variable) -> int:
+        return int(self._strategy.experimental_local_results(variable)[0])
+
+
+def _rows(data: Any) -> tf.Tensor:
+    """Return the number of rows of one replica's share of a batch, an int64 scalar."""
+    for leaf in tf.nest.flatten(data):
+        if isinstance(leaf, tf.RaggedTensor):
+            return tf.cast(leaf.nrows(), tf.int64)
+        if isinstance(leaf, tf.SparseTensor):
+            return leaf.dense_shape[0]
+        if tf.is_tensor(leaf) and leaf.shape.rank != 0:
+            return tf.shape(leaf, tf.int64)[0]
+    return tf.zeros([], tf.int64)
+
+
+def _global_rows(strategy: tf.distribute.Strategy, rows: Any) -> tf.Tensor:
+    local = strategy.experimental_local_results(rows)
+    # Where one trace, or one worker, stands for several replicas, each is fed as much as this one.
+    return tf.add_n(local) * (strategy.num_replicas_in_sync // len(local))

@@ -1,0 +1,153 @@
+"""What differs between the two Kerases, in one place."""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import tensorflow as tf
+
+from swa_dist.batch_norm import BatchNormLayer
+
+_IMPORTS = {"keras": "swa_dist.keras", "tf_keras": "swa_dist.tfkeras"}
+
+
+class Flavour:
+    """One Keras, and how to find in its models what SWA works on.
+
+    Args:
+        module: `keras` or `tf_keras`.
+    """
+
+    def __init__(self, module: ModuleType) -> None:
+        self._module = module
+        self._is_keras_3 = module.__name__ == "keras"
+        layers, optimizers = module.layers, module.optimizers
+        self._batch_norm_types: tuple[type, ...] = (layers.BatchNormalization,)
+        self._optimizer_types: tuple[type, ...] = (optimizers.Optimizer,)
+        self._schedule_type: type = optimizers.schedules.LearningRateSchedule
+        if not self._is_keras_3:
+            self._batch_norm_types += (layers.experimental.SyncBatchNormalization,)
+            self._optimizer_types += (optimizers.legacy.Optimizer,)
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model of another Keras.
+
+        Raises:
+            TypeError: With the import that is right for it.
+        """
+        if isinstance(model, self._module.Model):
+            return
+        roots = {base.__module__.partition(".")[0] for base in type(model).__mro__}
+        home = next((_IMPORTS[root] for root in _IMPORTS if root in roots), None)
+        remedy = f" For this one, use `from {home} import SWA`." if home else ""
+        raise TypeError(
+            f"`{_IMPORTS[self._module.__name__]}.SWA` needs a model made with "
+            f"`{self._module.__name__}`. Received: {type(model).__module__}."
+            f"{type(model).__qualname__}.{remedy}"
+        )
+
+    def variable(self, variable: Any) -> tf.Variable:
+        """Return the TensorFlow variable behind a Keras one."""
+        return variable.value if self._is_keras_3 else variable
+
+    def trainable_variables(self, model: Any) -> list[tf.Variable]:
+        """Return the TensorFlow variables that training changes."""
+        return [self.variable(v) for v in model.trainable_variables]
+
+    def live_batch_norm(self, model: Any) -> list[BatchNormLayer]:
+        """Return the BN layers that training would update, nested and wrapped ones included."""
+        return [
+            self._batch_norm_layer(layer)
+            for layer in _flatten_layers(model)
+            if isinstance(layer, self._batch_norm_types) and layer.built and layer.trainable
+        ]
+
+    def optimizers(self, model: Any) -> list[Any]:
+        """Return every optimizer that a model, or a model in it, was compiled with or holds."""
+        found: dict[int, Any] = {}
+        for layer in _flatten_layers(model):
+            if isinstance(layer, self._module.Model):
+                for value in _flatten(vars(layer).values()):
+                    if isinstance(value, self._optimizer_types):
+                        found[id(value)] = value
+        return list(found.values())
+
+    def learning_rate(self, model: Any) -> "OptimizerLearningRate":
+        """Return the learning rate of the optimizer that a model was compiled with."""
+        return OptimizerLearningRate(getattr(model, "optimizer", None), self._schedule_type)
+
+    def _batch_norm_layer(self, layer: Any) -> BatchNormLayer:
+        renorm = None
+        if getattr(layer, "renorm", False):
+            renorm = tuple(
+                self.variable(getattr(layer, name))
+                for name in ("renorm_mean", "renorm_stddev", "moving_stddev")
+            )
+        axes = list(layer.axis) if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+        # tf_keras splits the batch axis in two for virtual batches, and shifts `axis` by that.
+        shift = 1 if getattr(layer, "virtual_batch_size", None) else 0
+        rank = layer.input_spec.ndim
+        return BatchNormLayer(
+            layer,
+            axes=tuple(sorted((axis - shift) % rank for axis in axes)),
+            mean=self.variable(layer.moving_mean),
+            variance=self.variable(layer.moving_variance),
+            epsilon=layer.epsilon,
+            uses_mask=not getattr(layer, "fused", False),  # the fused kernel knows no mask
+            renorm=renorm,
+        )
+
+
+class OptimizerLearningRate:
+    """An optimizer's learning rate, whatever it is made of.
+
+    Args:
+        optimizer: A Keras optimizer, or None: a model may train without one of its own.
+        schedule_type: The class of this Keras's learning rate schedules.
+    """
+
+    def __init__(self, optimizer: Any, schedule_type: type) -> None:
+        self._optimizer = optimizer
+        self._schedule_type = schedule_type
+        self.settable = self._is_settable()
+
+    def read(self) -> float | None:
+        """Return the present learning rate, or None if there is no optimizer to have one."""
+        if self._optimizer is None:
+            return None
+        rate = self._optimizer.learning_rate
+        if isinstance(rate, self._schedule_type):  # tf_keras's legacy optimizers hand it out
+            rate = rate(self._optimizer.iterations)
+        return float(tf.convert_to_tensor(rate).numpy())
+
+    def write(self, rate: float) -> None:
+        """Set the learning rate, if it is one that can be set."""
+        if self.settable:
+            self._optimizer.learning_rate = rate
+
+    def _is_settable(self) -> bool:
+        if self._optimizer is None or isinstance(
+            self._optimizer.learning_rate, self._schedule_type
+        ):
+            return False
+        try:  # No public property of an optimizer tells.
+            self._optimizer.learning_rate = self.read()
+        except (TypeError, AttributeError):
+            return False
+        return True
+
+
+def _flatten_layers(model: Any) -> Iterator[Any]:
+    # No public name reaches layers in wrappers and in containers of a subclassed model under both
+    # Kerases. Checked with Keras 3.15 and tf_keras 2.21.
+    return model._flatten_layers()
+
+
+def _flatten(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, dict):
+            yield from _flatten(value.values())
+        elif isinstance(value, (list, tuple)):
+            yield from _flatten(value)
+        else:
+            yield value

@@ -1,0 +1,33 @@
+"""SWA for Keras 3 on the TensorFlow backend: `from swa_dist.keras import SWA`."""
+
+try:
+    import tensorflow  # noqa: F401  (asked for first: Keras 3 would fail in a less helpful way)
+except ImportError as error:
+    raise ImportError(
+        "swa_dist needs TensorFlow, and leaves the choice of build to you. Install one: "
+        "`pip install swa-dist[tensorflow]`, or [cpu], [gpu], [tpu]."
+    ) from error
+
+import keras
+
+from swa_dist.callback import SWACallback
+from swa_dist.flavour import Flavour
+
+if not keras.__version__.startswith("3."):
+    raise ImportError(
+        f"swa_dist.keras needs Keras 3. Received: keras {keras.__version__}. Install Keras 3, or "
+        "use `from swa_dist.tfkeras import SWA` with tf_keras."
+    )
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "swa_dist.keras needs the TensorFlow backend of Keras 3. Received: "
+        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before "
+        "Keras is imported."
+    )
+
+__all__ = ["SWA"]
+
+
+class SWA(SWACallback, keras.callbacks.Callback):
+    __doc__ = SWACallback.__doc__
+    flavour = Flavour(keras)

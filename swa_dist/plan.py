@@ -1,0 +1,243 @@
+"""What each epoch of a run is, and which learning rate each batch gets. Pure Python.
+
+The two ways of counting epochs meet here and nowhere else: arguments and messages count from 1,
+as people do; `epoch` in a method is Keras's, counted from 0.
+"""
+
+import math
+import numbers
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from swa_dist import schedules
+
+LR_SCHEDULES = ("manual", "constant", "cyclic")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The callback's arguments, checked for whatever can be known without a model.
+
+    Raises:
+        ValueError: An argument has the wrong type or is out of its range, or two contradict each
+            other. The message names the argument, what it must be and what was received.
+    """
+
+    start_epoch: int | float
+    lr_schedule: str = "manual"
+    swa_lr: float | str = "auto"
+    swa_lr2: float | str = "auto"
+    swa_freq: int = 1
+    batch_size: int | None = None
+    verbose: int = 0
+
+    def __post_init__(self) -> None:
+        fraction = _is_real(self.start_epoch) and 0 < self.start_epoch < 1  # type: ignore[operator]
+        if not fraction and not _is_integer(self.start_epoch, at_least=1):
+            _refuse(
+                self,
+                "start_epoch",
+                "an integer >= 1 (epochs count from 1), or a float between 0 and 1: the fraction "
+                "of `epochs` after which averaging begins",
+            )
+        if not isinstance(self.lr_schedule, str) or self.lr_schedule not in LR_SCHEDULES:
+            _refuse(self, "lr_schedule", "one of " + ", ".join(map(repr, LR_SCHEDULES)))
+        for name in ("swa_lr", "swa_lr2"):
+            value = getattr(self, name)
+            if value == "auto" if isinstance(value, str) else _is_real(value) and value > 0:
+                continue
+            _refuse(self, name, "a finite number > 0, or 'auto'")
+        if not _is_integer(self.swa_freq, at_least=1):
+            _refuse(self, "swa_freq", "an integer >= 1")
+        if self.batch_size is not None and not _is_integer(self.batch_size, at_least=1):
+            _refuse(self, "batch_size", "None or an integer >= 1: the global batch size")
+        if not _is_integer(self.verbose, at_least=0) or self.verbose > 1:
+            _refuse(self, "verbose", "0 or 1")
+
+        if self.lr_schedule == "manual" and self.swa_lr != "auto":
+            _refuse(
+                self,
+                "swa_lr",
+                "left out with lr_schedule='manual', which leaves the learning rate alone; "
+                "choose 'constant' or 'cyclic' to have it used",
+            )
+        if self.lr_schedule != "cyclic" and self.swa_lr2 != "auto":
+            _refuse(
+                self,
+                "swa_lr2",
+                f"left out with lr_schedule={self.lr_schedule!r}: only 'cyclic' has an upper rate",
+            )
+        if self.lr_schedule == "cyclic" and self.swa_freq == 1:
+            _refuse(
+                self,
+                "swa_freq",
+                "an integer >= 2 with lr_schedule='cyclic': it is the length of a cycle in epochs",
+            )
+        if not isinstance(self.swa_lr, str) and not isinstance(self.swa_lr2, str):
+            _check_order(self.swa_lr, self.swa_lr2)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision of one run, taken before its first batch.
+
+    Args:
+        arguments: The callback's arguments.
+        epochs: Epoch at which `fit` ends.
+        has_bn: Whether the model has live batch normalization layers, for which the last epoch is
+            given to recomputing their statistics (the BN pass).
+        initial_rate: Learning rate of the optimizer before training; None if it is not a number
+            that can be set.
+
+    Raises:
+        ValueError: No snapshot fits into the run, or the schedule needs a learning rate that can be
+            set, or rates left to "auto" are out of order.
+    """
+
+    arguments: Arguments
+    epochs: int
+    has_bn: bool
+    initial_rate: float | None
+
+    def __post_init__(self) -> None:
+        self.check_first_epoch(0)
+        if self.arguments.lr_schedule == "manual":
+            return
+        if self.initial_rate is None:
+            _refuse(
+                self.arguments,
+                "lr_schedule",
+                "'manual' for an optimizer whose `learning_rate` is not a number that can be set, "
+                "such as a LearningRateSchedule; give the optimizer a number, or leave the "
+                "schedule to it",
+            )
+        if self.arguments.lr_schedule == "cyclic":
+            _check_order(self.swa_lr, self.swa_lr2)
+
+    @property
+    def start_epoch(self) -> int:
+        """Epoch, counted from 1, at whose end averaging may begin."""
+        start = self.arguments.start_epoch
+        if isinstance(start, numbers.Integral):
+            return int(start)
+        # As written, not as stored: 0.1 of 30 epochs is 3 of them, not 3.0000000000000004.
+        return math.ceil(Fraction(str(float(start))) * self.epochs) + 1
+
+    @property
+    def swa_lr(self) -> float:
+        """Learning rate at the end of every cycle. Only for "constant" and "cyclic"."""
+        assert self.initial_rate is not None
+        given = self.arguments.swa_lr
+        return 0.1 * self.initial_rate if isinstance(given, str) else float(given)
+
+    @property
+    def swa_lr2(self) -> float:
+        """Learning rate at the beginning of every cycle. Only for "cyclic"."""
+        assert self.initial_rate is not None
+        given = self.arguments.swa_lr2
+        if isinstance(given, str):
+            return self.swa_lr + 0.25 * (self.initial_rate - self.swa_lr)
+        return float(given)
+
+    def check_first_epoch(self, epoch: int) -> None:
+        """Refuse a run that begins at `epoch` and ends without a snapshot.
+
+        Args:
+            epoch: First epoch that will be trained, counted from 0.
+
+        Raises:
+            ValueError: With the arguments and epochs that do not fit.
+        """
+        if any(self.is_snapshot(e) for e in range(epoch, self.epochs)):
+            return
+        first_possible = self.start_epoch + self.arguments.swa_freq - 1
+        last_possible = self.epochs - self.has_bn
+        begins = f" from epoch {epoch + 1}" if epoch else ""
+        last = (
+            f", of which the last, epoch {self.epochs}, recomputes the batch normalization "
+            "statistics"
+            if self.has_bn
+            else ""
+        )
+        raise ValueError(
+            "`start_epoch` and `swa_freq` must leave room for at least one snapshot. Received: "
+            f"start_epoch={self.arguments.start_epoch}, swa_freq={self.arguments.swa_freq}: the "
+            f"first snapshot is at the end of epoch {first_possible}, but `fit` trains{begins} to "
+            f"epoch {self.epochs}{last}, so that epoch {last_possible} is the last that could be "
+            "averaged. Begin earlier or train for more epochs."
+        )
+
+    def is_start(self, epoch: int) -> bool:
+        """Whether averaging begins with this epoch."""
+        return epoch + 1 == self.start_epoch
+
+    def is_snapshot(self, epoch: int) -> bool:
+        """Whether the weights at the end of this epoch enter the average."""
+        into = epoch + 1 - self.start_epoch + 1
+        return into > 0 and into % self.arguments.swa_freq == 0 and not self.is_bn_pass(epoch)
+
+    def is_bn_pass(self, epoch: int) -> bool:
+        """Whether this epoch recomputes batch normalization statistics instead of training."""
+        return self.has_bn and epoch + 1 == self.epochs
+
+    def changes_within(self, epoch: int) -> bool:
+        """Whether the learning rate is another one in every batch of this epoch."""
+        return (
+            self.arguments.lr_schedule == "cyclic"
+            and epoch + 1 >= self.start_epoch
+            and not self.is_bn_pass(epoch)
+        )
+
+    def learning_rate(self, epoch: int, batch: int = 0, steps: int | None = None) -> float | None:
+        """Return the learning rate of one batch.
+
+        Args:
+            epoch: Epoch, counted from 0.
+            batch: Batch in the epoch, counted from 0.
+            steps: Batches per epoch. None where nobody knows yet: then every batch of the epoch
+                has the rate with which a known one would begin.
+
+        Returns:
+            The rate; None where the plan leaves it alone.
+        """
+        if self.is_bn_pass(epoch):
+            return 0.0
+        if self.arguments.lr_schedule == "manual":
+            return None
+        if not self.changes_within(epoch):
+            assert self.initial_rate is not None
+            return schedules.annealed(epoch + 1, self.start_epoch, self.initial_rate, self.swa_lr)
+        freq = self.arguments.swa_freq
+        epochs_behind = (epoch + 1 - self.start_epoch) % freq
+        if steps is None:
+            return schedules.cyclic(epochs_behind, freq, self.swa_lr, self.swa_lr2)
+        # A batch beyond `steps` must not reach into the next epoch's share of the cycle.
+        batch_in_cycle = epochs_behind * steps + min(batch + 1, steps)
+        return schedules.cyclic(batch_in_cycle, freq * steps, self.swa_lr, self.swa_lr2)
+
+
+def _is_integer(value: Any, at_least: int) -> bool:
+    return (
+        isinstance(value, numbers.Integral)
+        and not isinstance(value, bool)
+        and int(value) >= at_least
+    )
+
+
+def _is_real(value: Any) -> bool:
+    return (
+        isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    )
+
+
+def _refuse(arguments: Arguments, name: str, rule: str) -> None:
+    raise ValueError(f"`{name}` must be {rule}. Received: {name}={getattr(arguments, name)!r}.")
+
+
+def _check_order(swa_lr: float, swa_lr2: float) -> None:
+    if swa_lr2 < swa_lr:
+        raise ValueError(
+            "`swa_lr2` must be at least `swa_lr`: a cycle falls from the one to the other. "
+            f"Received: swa_lr2={swa_lr2:g}, swa_lr={swa_lr:g}."
+        )

@@ -1,0 +1,27 @@
+"""SWA for tf_keras, the legacy Keras 2: `from swa_dist.tfkeras import SWA`."""
+
+try:
+    import tensorflow  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "swa_dist needs TensorFlow, and leaves the choice of build to you. Install one: "
+        "`pip install swa-dist[tensorflow]`, or [cpu], [gpu], [tpu]."
+    ) from error
+
+try:
+    import tf_keras
+except ImportError as error:
+    raise ImportError(
+        "swa_dist.tfkeras needs tf_keras. Install it with `pip install swa-dist[legacy]`, or use "
+        "`from swa_dist.keras import SWA` with Keras 3."
+    ) from error
+
+from swa_dist.callback import SWACallback
+from swa_dist.flavour import Flavour
+
+__all__ = ["SWA"]
+
+
+class SWA(SWACallback, tf_keras.callbacks.Callback):
+    __doc__ = SWACallback.__doc__
+    flavour = Flavour(tf_keras)
