@@ -8,6 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from swa_dist.replicas import ReplicaFunction, local_variable
+
 # Longest run of float32 numbers that is added up in one go. TensorFlow's CPU kernel sums an outer
 # axis number by number, and its rounding error grows with the length: 1e-5 to 4e-4 of the variance
 # of an image batch, where sums of sums stay below 5e-7.
@@ -59,8 +61,8 @@ class BatchNormStatistics:
 
     Batches and replicas are combined with the pairwise update of Chan et al., in which a batch
     enters with its own count, so uneven batches weigh what they should and empty ones nothing.
-    It also keeps the variance *between* batches, which an average of batch variances loses, and does
-    not cancel, as a sum of squares does. Sums over batches carry their rounding error along
+    It also keeps the variance *between* batches, which an average of batch variances loses, and
+    does not cancel, as a sum of squares does. Sums over batches carry their rounding error along
     (Knuth's two-sum), so that the length of an epoch does not matter in float32.
 
     Args:
@@ -76,30 +78,27 @@ class BatchNormStatistics:
         variances", 1979, eq. 2.1. Knuth, The Art of Computer Programming 2, section 4.2.2.
     """
 
-    def __init__(
-        self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy
-    ) -> None:
-        self._strategy = strategy
+    def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
         with strategy.scope():
             self._accumulators = [_Accumulator(layer) for layer in layers]
+        self._begin = ReplicaFunction(self._begin_replica, strategy)
+        self._restore = ReplicaFunction(self._restore_replica, strategy)
+        self._pool = ReplicaFunction(self._pool_replica, strategy)
 
-    @tf.function
     def begin(self) -> None:
         """Forget all rows, and remember the layers' present statistics for `restore`."""
-        self._strategy.run(self._begin_replica)
+        self._begin()
 
-    @tf.function
     def restore(self) -> None:
         """Give the layers the statistics that they had at `begin`, each replica its own."""
-        self._strategy.run(self._restore_replica)
+        self._restore()
 
-    @tf.function
     def pool(self) -> None:
         """Give the layers the statistics of all rows, on every replica the same.
 
         A layer that no row reached gets back the statistics it had at `begin`.
         """
-        self._strategy.run(self._pool_replica)
+        self._pool()
 
     def observers(self) -> list[tuple[Any, str, Callable]]:
         """Return (layer, "call", function) for each layer: what to put in place to observe it."""
@@ -124,7 +123,10 @@ class BatchNormStatistics:
         totals = add_up(counts)
         own = [a.mean_and_squares() for a in self._accumulators]
         means = add_up(
-            [tf.math.divide_no_nan(n, t) * m for n, t, (m, _) in zip(counts, totals, own, strict=True)]
+            [
+                tf.math.divide_no_nan(n, t) * m
+                for n, t, (m, _) in zip(counts, totals, own, strict=True)
+            ]
         )
         squares = add_up(
             [
@@ -143,10 +145,10 @@ class _Accumulator:
         self.layer = layer
         self.dtype = tf.float64 if layer.mean.dtype == tf.float64 else tf.float32
         channels = layer.mean.shape.num_elements()
-        self.count = _local_variable(tf.zeros([channels], tf.int64))
-        self._high = _local_variable(tf.zeros([2, channels], self.dtype))
-        self._low = _local_variable(tf.zeros([2, channels], self.dtype))
-        self._before = [_local_variable(tf.zeros(v.shape, v.dtype)) for v in layer.variables]
+        self.count = local_variable(tf.zeros([channels], tf.int64))
+        self._high = local_variable(tf.zeros([2, channels], self.dtype))
+        self._low = local_variable(tf.zeros([2, channels], self.dtype))
+        self._before = [local_variable(tf.zeros(v.shape, v.dtype)) for v in layer.variables]
 
     def begin(self) -> None:
         for variable in (self.count, self._high, self._low):
@@ -178,9 +180,12 @@ class _Accumulator:
             ]
         )
         high, low = _two_sum(self._high, self._low + increment)
-        self.count.assign(count)
-        self._high.assign(high)
-        self._low.assign(low)
+        # All or nothing: at the end of the data the step is run once more and fails for want of a
+        # batch, and where shapes are static the count does not need one.
+        with tf.control_dependencies([high, low]):
+            self.count.assign(count)
+            self._high.assign(high)
+            self._low.assign(low)
 
     def mean_and_squares(self) -> tuple[tf.Tensor, tf.Tensor]:
         mean, squares = tf.unstack(self._high + self._low)
@@ -188,9 +193,7 @@ class _Accumulator:
 
     def assign(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
         values = self.layer.values(mean, variance)
-        for before, variable, value in zip(
-            self._before, self.layer.variables, values, strict=True
-        ):
+        for before, variable, value in zip(self._before, self.layer.variables, values, strict=True):
             seen = tf.reshape(count > 0, variable.shape)
             value = tf.cast(tf.reshape(value, variable.shape), variable.dtype)
             variable.assign(tf.where(seen, value, before))
@@ -249,9 +252,7 @@ def _sum(values: tf.Tensor, axis: int) -> tf.Tensor:
         padding[axis] = [0, -shape[axis] % _LONGEST_SUM]
         values = tf.pad(values, padding)
         blocks = (shape[axis] + _LONGEST_SUM - 1) // _LONGEST_SUM
-        values = tf.reshape(
-            values, [*shape[:axis], blocks, _LONGEST_SUM, *shape[axis + 1 :]]
-        )
+        values = tf.reshape(values, [*shape[:axis], blocks, _LONGEST_SUM, *shape[axis + 1 :]])
         values = tf.reduce_sum(values, axis + 1)
         if length is None:  # two levels do for any batch that fits into memory
             break
@@ -264,9 +265,3 @@ def _two_sum(a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
-
-
-def _local_variable(initial_value: tf.Tensor) -> tf.Variable:
-    return tf.Variable(
-        initial_value, trainable=False, aggregation=tf.VariableAggregation.NONE
-    )

@@ -4,6 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from swa_dist.replicas import local_variable, read
 from swa_dist.train_function import TrainFunction
 
 
@@ -21,14 +22,8 @@ class CountingTrainFunction(TrainFunction):
     def __init__(self, model: Any) -> None:
         self._strategy = model.distribute_strategy
         with self._strategy.scope():
-            self._largest, self._batches = (
-                tf.Variable(
-                    tf.zeros([], tf.int64),
-                    trainable=False,
-                    aggregation=tf.VariableAggregation.NONE,
-                )
-                for _ in range(2)
-            )
+            self._largest = local_variable(tf.zeros([], tf.int64))
+            self._batches = local_variable(tf.zeros([], tf.int64))
         train_step = model.train_step
 
         def counted_train_step(data):  # type: ignore[no-untyped-def]
@@ -40,12 +35,12 @@ class CountingTrainFunction(TrainFunction):
     @property
     def largest_batch(self) -> int:
         """Rows of the largest global batch since `reset`; 0 if there was none with rows."""
-        return self._read(self._largest)
+        return read(self._largest, self._strategy)
 
     @property
     def batches(self) -> int:
         """Global batches since `reset`."""
-        return self._read(self._batches)
+        return read(self._batches, self._strategy)
 
     def reset(self) -> None:
         """Forget what was counted."""
@@ -56,11 +51,11 @@ class CountingTrainFunction(TrainFunction):
     def _count(self, data: Any) -> None:
         context = tf.distribute.get_replica_context()
         rows = context.merge_call(_global_rows, args=(_rows(data),))
-        self._largest.assign(tf.maximum(self._largest, rows))
-        self._batches.assign_add(1)
-
-    def _read(self, variable: tf.Variable) -> int:
-        return int(self._strategy.experimental_local_results(variable)[0])
+        # At the end of the data the step is run once more and fails for want of a batch. Nothing
+        # may be counted then, not even where the number of rows is static.
+        with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
+            self._largest.assign(tf.maximum(self._largest, rows))
+            self._batches.assign_add(1)
 
 
 def _rows(data: Any) -> tf.Tensor:

@@ -13,8 +13,11 @@ from swa_dist.train_function import Shadow, TrainFunction, shadowed
 class LearningRate(Protocol):
     """What the pass must know of an optimizer's learning rate."""
 
-    def read(self) -> float | None: ...
-    def write(self, rate: float) -> None: ...
+    def read(self) -> float | None:
+        """Return the present rate; None if there is none."""
+
+    def write(self, rate: float) -> None:
+        """Set it, if it can be set."""
 
 
 class BatchNormPass:

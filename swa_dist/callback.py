@@ -37,8 +37,8 @@ class SWACallback(_Callback):
         lr_schedule: "manual" leaves the learning rate alone. "constant" keeps the initial rate for
             the first half of the way to `start_epoch`, lowers it linearly to `swa_lr` at 0.9 of the
             way, and keeps that. "cyclic" does the same until `start_epoch`; then the rate falls
-            batch by batch from `swa_lr2` to `swa_lr` over `swa_freq` epochs, again and again. (Where
-            `steps_per_execution` is not 1, execution by execution.)
+            batch by batch from `swa_lr2` to `swa_lr` over `swa_freq` epochs, again and again
+            (execution by execution where `steps_per_execution` is not 1).
         swa_lr: Learning rate > 0 while averaging; "auto": 0.1 of the initial rate.
         swa_lr2: Upper learning rate of a cycle, >= `swa_lr`; "auto": `swa_lr` + 0.25 (initial rate
             - `swa_lr`).
@@ -75,6 +75,8 @@ class SWACallback(_Callback):
     """
 
     flavour: ClassVar[Flavour]
+    _average: WeightAverage
+    _plan: Plan
 
     # What tf_keras asks of a callback that does not need logs as NumPy, so that it need not wait
     # for the device after each batch.
@@ -96,7 +98,6 @@ class SWACallback(_Callback):
         )
         self.n_averaged = 0
         self.inferred_batch_size: int | None = None
-        self._average: WeightAverage | None = None
         self._bn_pass: BatchNormPass | None = None
 
     def set_model(self, model: Any) -> None:
@@ -188,7 +189,8 @@ class SWACallback(_Callback):
                 f"swa_freq={self.arguments.swa_freq}). The model keeps its trained weights.",
                 stacklevel=2,
             )
-        self._average = self._bn_pass = None
+        # The buffers are as large as the weights.
+        del self._average
 
     def _begin_bn_pass(self, epoch: int) -> None:
         model = self.model

@@ -22,9 +22,9 @@ class Flavour:
         self._module = module
         self._is_keras_3 = module.__name__ == "keras"
         layers, optimizers = module.layers, module.optimizers
-        self._batch_norm_types: tuple[type, ...] = (layers.BatchNormalization,)
-        self._optimizer_types: tuple[type, ...] = (optimizers.Optimizer,)
-        self._schedule_type: type = optimizers.schedules.LearningRateSchedule
+        self._batch_norm_types: Any = (layers.BatchNormalization,)
+        self._optimizer_types: Any = (optimizers.Optimizer,)
+        self._schedule_type: Any = optimizers.schedules.LearningRateSchedule
         if not self._is_keras_3:
             self._batch_norm_types += (layers.experimental.SyncBatchNormalization,)
             self._optimizer_types += (optimizers.legacy.Optimizer,)
@@ -106,7 +106,7 @@ class OptimizerLearningRate:
         schedule_type: The class of this Keras's learning rate schedules.
     """
 
-    def __init__(self, optimizer: Any, schedule_type: type) -> None:
+    def __init__(self, optimizer: Any, schedule_type: Any) -> None:
         self._optimizer = optimizer
         self._schedule_type = schedule_type
         self.settable = self._is_settable()

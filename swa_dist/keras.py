@@ -21,13 +21,13 @@ if not keras.__version__.startswith("3."):
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
         "swa_dist.keras needs the TensorFlow backend of Keras 3. Received: "
-        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow before "
-        "Keras is imported."
+        f"{keras.backend.backend()!r}. Set the environment variable KERAS_BACKEND=tensorflow "
+        "before Keras is imported."
     )
 
 __all__ = ["SWA"]
 
 
-class SWA(SWACallback, keras.callbacks.Callback):
+class SWA(SWACallback, keras.callbacks.Callback):  # noqa: D101  (it has the one that it shares)
     __doc__ = SWACallback.__doc__
     flavour = Flavour(keras)

@@ -33,7 +33,7 @@ class Arguments:
     verbose: int = 0
 
     def __post_init__(self) -> None:
-        fraction = _is_real(self.start_epoch) and 0 < self.start_epoch < 1  # type: ignore[operator]
+        fraction = _is_real(self.start_epoch) and 0 < self.start_epoch < 1
         if not fraction and not _is_integer(self.start_epoch, at_least=1):
             _refuse(
                 self,
@@ -226,9 +226,7 @@ def _is_integer(value: Any, at_least: int) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return (
-        isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _refuse(arguments: Arguments, name: str, rule: str) -> None:

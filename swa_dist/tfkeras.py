@@ -22,6 +22,6 @@ from swa_dist.flavour import Flavour
 __all__ = ["SWA"]
 
 
-class SWA(SWACallback, tf_keras.callbacks.Callback):
+class SWA(SWACallback, tf_keras.callbacks.Callback):  # noqa: D101  (it has the one that it shares)
     __doc__ = SWACallback.__doc__
     flavour = Flavour(tf_keras)

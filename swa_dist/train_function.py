@@ -33,6 +33,7 @@ class TrainFunction:
             self._function: Callable = model.make_train_function() or model.train_function
 
     def __call__(self, iterator: Any) -> Any:
+        """Run one execution of the training step on the iterator's next batches."""
         with shadowed(self._shadows):
             return self._function(iterator)
 
@@ -42,7 +43,7 @@ def shadowed(shadows: Sequence[Shadow]) -> Iterator[None]:
     """Shadow attributes of objects, and uncover them on leaving."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in shadows:
-            attributes = vars(owner)
+            attributes: dict[str, Any] = owner.__dict__  # past Keras's __setattr__, which tracks
             if name in attributes:
                 stack.callback(attributes.__setitem__, name, attributes[name])
             else:

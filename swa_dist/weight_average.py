@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from swa_dist.replicas import ReplicaFunction, local_variable, read
+
 
 class WeightAverage:
     """Average of the values that variables had at each `update`.
@@ -29,25 +31,24 @@ class WeightAverage:
         self._strategy = strategy
         with strategy.scope():
             self._sums = [
-                _local_variable(tf.zeros(v.shape, tf.as_dtype(_sum_dtype(v.dtype))))
-                for v in self._variables
+                local_variable(tf.zeros(v.shape, _sum_dtype(v.dtype))) for v in self._variables
             ]
-            self._count = _local_variable(tf.zeros([], tf.int64))
+            self._count = local_variable(tf.zeros([], tf.int64))
+        self._update = ReplicaFunction(self._update_replica, strategy)
+        self._copy = ReplicaFunction(self._copy_replica, strategy)
 
     @property
     def n_averaged(self) -> int:
         """Number of updates in the average."""
-        return int(self._strategy.experimental_local_results(self._count)[0])
+        return read(self._count, self._strategy)
 
-    @tf.function
     def update(self) -> None:
         """Take the variables' present values into the average."""
-        self._strategy.run(self._update_replica)
+        self._update()
 
-    @tf.function
     def copy_to_model(self) -> None:
         """Assign the average to the variables, on every replica. The average stays as it is."""
-        self._strategy.run(self._copy_replica)
+        self._copy()
 
     def _update_replica(self) -> None:
         self._count.assign_add(1)
@@ -65,9 +66,3 @@ class WeightAverage:
 
 def _sum_dtype(dtype: tf.DType) -> tf.DType:
     return dtype if dtype.size > tf.float32.size else tf.float32
-
-
-def _local_variable(initial_value: tf.Tensor) -> tf.Variable:
-    return tf.Variable(
-        initial_value, trainable=False, aggregation=tf.VariableAggregation.NONE
-    )

@@ -1,0 +1,51 @@
+"""Variables and functions of which every replica has its own."""
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+
+def local_variable(initial_value: tf.Tensor) -> tf.Variable:
+    """Create a variable whose copy on each replica is written by that replica alone.
+
+    Args:
+        initial_value: Value on every replica, of any shape and dtype.
+
+    Returns:
+        A variable with aggregation NONE: assigning it inside `strategy.run` sends nothing.
+
+    Distribution:
+        Call it within the strategy's scope.
+    """
+    return tf.Variable(initial_value, trainable=False, aggregation=tf.VariableAggregation.NONE)
+
+
+def read(variable: tf.Variable, strategy: tf.distribute.Strategy) -> int:
+    """Return the value of a local scalar variable on this worker's first replica."""
+    return int(strategy.experimental_local_results(variable)[0])
+
+
+class ReplicaFunction:
+    """A function without arguments that runs on every replica, traced once.
+
+    It is one graph, made when it is first called. (A `tf.function` would do the same, but takes the
+    fifth instance of a class for the fifth retracing and warns of it: in five-fold
+    cross-validation, say.)
+
+    Args:
+        function: What each replica is to do.
+        strategy: The `tf.distribute.Strategy` whose replicas do it.
+
+    Distribution:
+        Call it in cross-replica context, on every worker.
+    """
+
+    def __init__(self, function: Callable[[], None], strategy: tf.distribute.Strategy) -> None:
+        self._function = tf.function(lambda: strategy.run(function), autograph=False)
+        self._graph: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        """Run it."""
+        if self._graph is None:
+            self._graph = self._function.get_concrete_function()
+        self._graph()

@@ -1,0 +1,45 @@
+"""Virtual devices, before anything else uses TensorFlow; and the two Kerases as fixtures."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import pytest
+import tensorflow as tf
+
+from tests.kits import KITS, Kit
+
+N_DEVICES = 4
+
+_cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    _cpu, [tf.config.LogicalDeviceConfiguration()] * N_DEVICES
+)
+
+
+@pytest.fixture(params=KITS, ids=lambda kit: kit.name)
+def kit(request: pytest.FixtureRequest) -> Kit:
+    """One Keras after the other."""
+    kit: Kit = request.param
+    kit.keras.backend.clear_session()
+    kit.keras.utils.set_random_seed(7)
+    return kit
+
+
+@pytest.fixture(params=[1, 2, 4], ids=lambda n: f"{n}replicas")
+def strategy(request: pytest.FixtureRequest) -> tf.distribute.Strategy:
+    """MirroredStrategy over 1, 2 and 4 virtual devices."""
+    return mirrored(request.param)
+
+
+@pytest.fixture
+def two_replicas() -> tf.distribute.Strategy:
+    return mirrored(2)
+
+
+def mirrored(n: int) -> tf.distribute.Strategy:
+    # The default all-reduce forms its groups once a process: strategies of several sizes would
+    # abort each other. tests/test_default_all_reduce.py has processes of its own for it.
+    return tf.distribute.MirroredStrategy(
+        [f"CPU:{i}" for i in range(n)], cross_device_ops=tf.distribute.ReductionToOneDevice()
+    )
