@@ -53,7 +53,8 @@ class CountingTrainFunction(TrainFunction):
         rows = context.merge_call(_global_rows, args=(_rows(data),))
         # At the end of the data the step is run once more and fails for want of a batch. Nothing
         # may be counted then, not even where the number of rows is static.
-        with tf.control_dependencies(tf.nest.flatten(data, expand_composites=True)):
+        fed = [t for t in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(t)]
+        with tf.control_dependencies(fed):
             self._largest.assign(tf.maximum(self._largest, rows))
             self._batches.assign_add(1)
 

@@ -112,10 +112,11 @@ class OptimizerLearningRate:
         self.settable = self._is_settable()
 
     def read(self) -> float | None:
-        """Return the present learning rate, or None if there is no optimizer to have one."""
-        if self._optimizer is None:
+        """Return the present learning rate, or None if there is no such thing."""
+        try:
+            rate = self._optimizer.learning_rate
+        except AttributeError:  # no optimizer, or one made of several with a rate each
             return None
-        rate = self._optimizer.learning_rate
         if isinstance(rate, self._schedule_type):  # tf_keras's legacy optimizers hand it out
             rate = rate(self._optimizer.iterations)
         return float(tf.convert_to_tensor(rate).numpy())
@@ -126,12 +127,11 @@ class OptimizerLearningRate:
             self._optimizer.learning_rate = rate
 
     def _is_settable(self) -> bool:
-        if self._optimizer is None or isinstance(
-            self._optimizer.learning_rate, self._schedule_type
-        ):
+        rate = self.read()
+        if rate is None or isinstance(self._optimizer.learning_rate, self._schedule_type):
             return False
         try:  # No public property of an optimizer tells.
-            self._optimizer.learning_rate = self.read()
+            self._optimizer.learning_rate = rate
         except (TypeError, AttributeError):
             return False
         return True
