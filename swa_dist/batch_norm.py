@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ class BatchNormLayer:
 
     Args:
         layer: The Keras layer.
-        axes: Axes of its input that it does not reduce: its channels.
+        input_shape: Sizes of its input's axes: a number for each channel axis, None for the others,
+            over which it takes its moments.
         mean: Variable of its moving mean.
         variance: Variable of its moving variance.
         epsilon: What the layer adds to a variance before taking the root.
@@ -31,7 +33,7 @@ class BatchNormLayer:
     """
 
     layer: Any
-    axes: tuple[int, ...]
+    input_shape: tuple[int | None, ...]
     mean: tf.Variable
     variance: tf.Variable
     epsilon: float
@@ -163,8 +165,12 @@ class _Accumulator:
     @tf.autograph.experimental.do_not_convert
     def add(self, inputs: tf.Tensor, mask: tf.Tensor | None, training: Any) -> None:
         """Take the rows of one call of the layer into account (Chan et al., eq. 2.1)."""
-        inputs = tf.cast(tf.stop_gradient(inputs), self.dtype)
-        batch_count, batch_mean, batch_squares = _moments(inputs, self.layer.axes, mask)
+        # A generator's batches have no static shape. The layer knows its own.
+        inputs = tf.ensure_shape(tf.stop_gradient(inputs), self.layer.input_shape)
+        reduced = [axis for axis, size in enumerate(self.layer.input_shape) if size is None]
+        batch_count, batch_mean, batch_squares = _moments(
+            tf.cast(inputs, self.dtype), reduced, mask
+        )
         if tf.is_tensor(training):
             trains = tf.cast(training, tf.bool)
             batch_count = tf.where(trains, batch_count, 0)
@@ -217,14 +223,13 @@ def _observed(accumulator: _Accumulator) -> Callable:
 
 
 def _moments(
-    inputs: tf.Tensor, channel_axes: tuple[int, ...], mask: tf.Tensor | None
+    inputs: tf.Tensor, reduced: list[int], mask: tf.Tensor | None
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Return the count (int64), mean and sum of squared deviations of each channel, flat."""
-    reduced = [axis for axis in range(inputs.shape.rank) if axis not in channel_axes]
     if mask is None:
-        sizes = tf.gather(tf.shape(inputs, tf.int64), reduced)
-        ones = tf.ones([inputs.shape[axis] for axis in channel_axes], tf.int64)
-        count = tf.reshape(ones, [-1]) * tf.reduce_prod(sizes)
+        channels = math.prod(n for axis, n in enumerate(inputs.shape) if axis not in reduced)
+        rows = tf.reduce_prod(tf.gather(tf.shape(inputs, tf.int64), reduced))
+        count = tf.fill([channels], rows)
     else:
         mask = tf.broadcast_to(tf.expand_dims(tf.cast(mask, tf.bool), -1), tf.shape(inputs))
         count = tf.reshape(tf.reduce_sum(tf.cast(mask, tf.int64), reduced), [-1])

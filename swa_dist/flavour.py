@@ -83,13 +83,11 @@ class Flavour:
                 self.variable(getattr(layer, name))
                 for name in ("renorm_mean", "renorm_stddev", "moving_stddev")
             )
-        axes = list(layer.axis) if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-        # tf_keras splits the batch axis in two for virtual batches, and shifts `axis` by that.
-        shift = 1 if getattr(layer, "virtual_batch_size", None) else 0
-        rank = layer.input_spec.ndim
+        spec = layer.input_spec
+        channels = {axis % spec.ndim: size for axis, size in spec.axes.items()}
         return BatchNormLayer(
             layer,
-            axes=tuple(sorted((axis - shift) % rank for axis in axes)),
+            input_shape=tuple(channels.get(axis) for axis in range(spec.ndim)),
             mean=self.variable(layer.moving_mean),
             variance=self.variable(layer.moving_variance),
             epsilon=layer.epsilon,

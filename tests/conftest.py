@@ -37,6 +37,11 @@ def two_replicas() -> tf.distribute.Strategy:
     return mirrored(2)
 
 
+@pytest.fixture
+def four_replicas() -> tf.distribute.Strategy:
+    return mirrored(4)
+
+
 def mirrored(n: int) -> tf.distribute.Strategy:
     # The default all-reduce forms its groups once a process: strategies of several sizes would
     # abort each other. tests/test_default_all_reduce.py has processes of its own for it.

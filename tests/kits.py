@@ -49,6 +49,8 @@ class Kit:
         return [self.array(v) for v in variables if v is not rate]
 
     def rate(self, model):
+        if type(model.optimizer).__name__ == "MultiOptimizer":  # which has none of its own
+            return float("nan")
         return float(tf.convert_to_tensor(model.optimizer.learning_rate).numpy())
 
     @functools.cached_property

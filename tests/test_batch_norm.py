@@ -13,7 +13,7 @@ from tests.kits import rows
 from tests.tolerances import assert_mean, assert_variance
 
 
-def layer(channels, axes=(-1,), rank=2, dtype="float32", **arguments):
+def layer(channels, shape=None, dtype="float32", **arguments):
     """A stand-in for a Keras layer: only what is observed of one."""
 
     class Layer:
@@ -23,7 +23,7 @@ def layer(channels, axes=(-1,), rank=2, dtype="float32", **arguments):
     local = {"trainable": False, "aggregation": tf.VariableAggregation.NONE}
     return BatchNormLayer(
         Layer(),
-        axes=tuple(axis % rank for axis in axes),
+        input_shape=shape or (None, *channels),
         mean=tf.Variable(tf.fill(channels, tf.constant(7, dtype)), **local),
         variance=tf.Variable(tf.fill(channels, tf.constant(8, dtype)), **local),
         **{"epsilon": 1e-3, "uses_mask": True, "renorm": None, **arguments},
@@ -105,8 +105,9 @@ def test_any_rank_and_axes(shape, axes):
     x = (np.random.default_rng(1).normal(size=shape) * 3 + 5).astype("float32")
     axes = tuple(axis % len(shape) for axis in axes)
     channels = [shape[a] if a in axes else 1 for a in range(len(shape))]
+    known = tuple(n if a in axes else None for a, n in enumerate(shape))
     with strategy.scope():
-        norm = layer(channels if len(axes) > 1 else [shape[axes[0]]], axes, len(shape))
+        norm = layer(channels if len(axes) > 1 else [shape[axes[0]]], known)
     seen = np.moveaxis(x.astype("float64"), axes, range(-len(axes), 0))
     seen = seen.reshape(-1, np.prod([shape[a] for a in axes]))
     assert_exact(run(strategy, norm, deal(x, 2, max(2, len(x) // 3))), seen)
@@ -127,7 +128,7 @@ def test_large_batches_are_summed_exactly(shape):
     # TensorFlow's own reduction over these is off by 1e-5 and more.
     strategy = tf.distribute.get_strategy()
     x = np.maximum(np.random.default_rng(3).normal(size=shape) * 2 + 1, -1).astype("float32")
-    assert_exact(run(strategy, layer([4], rank=len(shape)), [[x]]), rows(x))
+    assert_exact(run(strategy, layer([4], (*[None] * (len(shape) - 1), 4)), [[x]]), rows(x))
 
 
 def test_replicas_without_rows_and_steps_without_rows(strategy):
@@ -161,14 +162,33 @@ def test_a_symbolic_training_flag_counts_when_it_is_true():
     assert_exact(result, rows(x))
 
 
+def test_inputs_of_unknown_shape():
+    x = skewed(30, 3)
+    norm = layer([3])
+    statistics = BatchNormStatistics([norm], tf.distribute.get_strategy())
+    step = tf.function(
+        lambda batch: norm.layer.call(batch, training=True),
+        input_signature=[tf.TensorSpec(None, tf.float32)],
+    )
+    statistics.begin()
+    with shadowed(statistics.observers()):
+        for batch in np.split(x, [7, 20]):
+            step(batch)
+    statistics.pool()
+    assert_mean(norm.mean.numpy(), rows(x).mean(0), rows(x).std(0))
+    assert_variance(norm.variance.numpy(), rows(x).var(0))
+
+
 def test_masked_positions_are_no_rows():
     x = skewed(12, 3).reshape(4, 3, 3)
     mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1]], bool)
     poisoned = np.where(mask[..., None], x, np.nan).astype("float32")
     strategy = tf.distribute.get_strategy()
-    result = run(strategy, layer([3], rank=3), [[poisoned]], mask=mask)
+    result = run(strategy, layer([3], (None, None, 3)), [[poisoned]], mask=mask)
     assert_exact(result, rows(x[mask]))
-    unmasked = run(strategy, layer([3], rank=3, uses_mask=False), [[x]], training=True, mask=mask)
+    unmasked = run(
+        strategy, layer([3], (None, None, 3), uses_mask=False), [[x]], training=True, mask=mask
+    )
     assert_exact(unmasked, rows(x))
 
 

@@ -283,7 +283,7 @@ def test_after_an_accident_in_the_step_all_is_put_back_at_once(kit, two_replicas
             for i in range(0, 24, 8):
                 if where == "data" and epoch == 3 and i == 16:
                     raise AccidentError("the data")
-                yield x[i : i + 8], y[i : i + 8]
+                yield x[i : i + 8].copy(), y[i : i + 8].copy()
 
     fed = tf.data.Dataset.from_generator(
         batches, output_signature=(tf.TensorSpec((None, 3)), tf.TensorSpec((None, 1)))

@@ -159,7 +159,7 @@ def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit, two_replicas)
     def batches():
         x, y = rows(24)
         for i in range(0, 24, 8):
-            yield x[i : i + 8], y[i : i + 8]
+            yield x[i : i + 8].copy(), y[i : i + 8].copy()
 
     data = tf.data.Dataset.from_generator(
         batches,

@@ -1,0 +1,44 @@
+"""Under the all-reduce that MirroredStrategy chooses itself, in a process of its own."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import numpy as np
+import tests.conftest  # virtual devices
+import tensorflow as tf
+from tests.kits import KITS, rows
+from tests.tolerances import assert_mean, assert_variance, assert_weights
+
+x = (np.random.default_rng(0).normal(size=(44, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
+y = np.random.default_rng(1).normal(size=(44, 1)).astype("float32")
+strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(4)])
+for kit in KITS:
+    with strategy.scope():
+        norm = kit.keras.layers.BatchNormalization()
+        layers = [kit.keras.layers.Input((3,)), norm, kit.keras.layers.Dense(1)]
+        model = kit.keras.Sequential(layers)
+        model.compile("sgd", "mse", jit_compile=False)
+    recorder = kit.Recorder()
+    model.fit(x, y, batch_size=16, epochs=4, verbose=0, callbacks=[recorder, kit.SWA(2)])
+    seen = rows(x)
+    mean, variance = kit.statistics(norm)
+    assert_mean(mean, seen.mean(0), seen.std(0))
+    assert_variance(variance, seen.var(0))
+    assert_weights(kit.trainable(model), recorder.mean(2, 3))
+    kit.assert_replicas_agree(model)
+print("exact")
+"""
+
+
+def test_four_replicas_with_the_default_all_reduce(pytestconfig):
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=pytestconfig.rootpath,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.strip().endswith("exact")
