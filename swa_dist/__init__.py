@@ -28,4 +28,8 @@ def _binding() -> str:
         import tensorflow as tf
     except ImportError:
         return "keras"  # which says what to do
-    return "tfkeras" if tf.keras.__version__.startswith("2.") else "keras"
+    try:
+        home = tf.keras.Model.__module__
+    except ImportError:  # tf_keras is asked for and missing
+        home = "tf_keras"
+    return "tfkeras" if home.startswith("tf_keras") else "keras"

@@ -1,0 +1,98 @@
+"""What READMEs show, run as it stands."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+# The two examples of keras-swa's README, with only the imports brought up to date.
+SEED_EXAMPLE = """
+from sklearn.datasets import make_blobs
+from {keras}.utils import to_categorical
+from {keras}.models import Sequential
+from {keras}.layers import Dense
+from {keras}.optimizers import SGD
+
+from {swa} import SWA
+
+# make dataset
+X, y = make_blobs(n_samples=1000,
+                  centers=3,
+                  n_features=2,
+                  cluster_std=2,
+                  random_state=2)
+
+y = to_categorical(y)
+
+# build model
+model = Sequential()
+model.add(Dense(50, input_dim=2, activation='relu'))
+model.add(Dense(3, activation='softmax'))
+
+model.compile(loss='categorical_crossentropy',
+              optimizer=SGD(learning_rate=0.1))
+
+epochs = 100
+start_epoch = 75
+
+# define swa callback
+swa = SWA(start_epoch=start_epoch,
+          {arguments}
+          verbose=1)
+
+# train
+model.fit(X, y, epochs=epochs, verbose=1, callbacks=[swa])
+"""
+
+ARGUMENTS = {
+    "constant": "lr_schedule='constant',\n          swa_lr=0.01,",
+    "cyclic": "lr_schedule='cyclic',\n          swa_lr=0.001,\n          swa_lr2=0.003,\n"
+    "          swa_freq=3,",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`/`input_dim`")  # Keras 3's advice
+@pytest.mark.parametrize("schedule", ["constant", "cyclic"])
+def test_the_seeds_examples_run(kit, schedule, capsys):
+    example = SEED_EXAMPLE.format(
+        keras=kit.keras.__name__, swa=kit.SWA.__module__, arguments=ARGUMENTS[schedule]
+    )
+    names = {}
+    exec(example, names)
+    printed = capsys.readouterr().out
+    lines = re.findall(r"^Epoch \d{5}: .*$", printed, re.MULTILINE)
+    assert lines == [
+        "Epoch 00075: starting stochastic weight averaging",
+        "Epoch 00101: final model weights set to stochastic weight average",
+    ]
+    assert "Epoch 100/100" in printed
+    # Epochs 75 to 100 are 26: each of them, or the ends of 8 cycles of 3.
+    assert names["swa"].n_averaged == (26 if schedule == "constant" else 8)
+    rates = names["model"].history.history["learning_rate"]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[73] == pytest.approx(names["swa"].arguments.swa_lr)
+    if schedule == "cyclic":
+        assert rates[74:78] == pytest.approx([0.007 / 3, 0.005 / 3, 0.001, 0.007 / 3])
+
+
+@pytest.mark.parametrize("legacy", ["0", "1"])
+def test_the_readmes_example_runs(legacy, pytestconfig):
+    readme = (pytestconfig.rootpath / "README.md").read_text()
+    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    check = f"""
+assert keras.__version__.startswith({"23"[legacy == "0"]!r} + ".")
+assert swa.n_averaged == 5
+assert len(model.history.history["learning_rate"]) == 20
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:swa_dist", "-c", example + check],
+        env={**os.environ, "TF_USE_LEGACY_KERAS": legacy},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "Epoch 00020: running forward pass to adjust batch normalization" in result.stdout
