@@ -5,6 +5,7 @@
 imported before one of them is asked for.
 """
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -20,16 +21,6 @@ __version__ = version("swa-dist")
 def __getattr__(name: str) -> Any:
     if name != "SWA":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module(f"{__name__}.{_binding()}").SWA
-
-
-def _binding() -> str:
-    try:
-        import tensorflow as tf
-    except ImportError:
-        return "keras"  # which says what to do
-    try:
-        home = tf.keras.Model.__module__
-    except ImportError:  # tf_keras is asked for and missing
-        home = "tf_keras"
-    return "tfkeras" if home.startswith("tf_keras") else "keras"
+    # TensorFlow's own rule for what `tf.keras` is; to ask `tf.keras` itself would import it.
+    legacy = os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True")
+    return import_module(f"{__name__}.{'tfkeras' if legacy else 'keras'}").SWA

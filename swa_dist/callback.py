@@ -75,7 +75,7 @@ class SWACallback(_Callback):
     """
 
     flavour: ClassVar[Flavour]
-    _average: WeightAverage
+    _average: Any  # a WeightAverage, while a `fit` runs
     _plan: Plan
 
     # What tf_keras asks of a callback that does not need logs as NumPy, so that it need not wait
@@ -106,8 +106,7 @@ class SWACallback(_Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        variables = self.flavour.trainable_variables(model)
-        if not variables:
+        if not model.built or not model.trainable_variables:
             raise ValueError(
                 "`model` must be built and have trainable weights before SWA can average them. "
                 f"Received: the model {model.name!r}, built={model.built}, with none. Call it on a "
@@ -121,17 +120,11 @@ class SWACallback(_Callback):
             initial_rate=self._learning_rate.read() if self._learning_rate.settable else None,
         )
         self._steps: int | None = self.params.get("steps")
-        self._at_first_epoch = True
+        self._epoch: int | None = None
         self._bn_pass = None
         self._has_final_bn = False
         self.n_averaged = 0
         self.inferred_batch_size = None
-        self._average = WeightAverage(variables, model.distribute_strategy)
-        if not isinstance(model.train_function, CountingTrainFunction):
-            # `fit` has just made the one that is replaced, and not traced it yet.
-            model.train_function = CountingTrainFunction(model)
-        self._counts: CountingTrainFunction = model.train_function
-        self._counts.reset()
         if self._plan.has_bn:
             self._say(
                 "Model uses batch normalization. SWA will require last epoch to be a forward pass "
@@ -139,8 +132,9 @@ class SWACallback(_Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        if self._at_first_epoch:
+        if self._epoch is None:
             self._plan.check_first_epoch(epoch)
+            self._prepare()
         self._epoch = epoch
         if self._plan.is_start(epoch):
             self._say_of_epoch(epoch, "starting stochastic weight averaging")
@@ -152,7 +146,7 @@ class SWACallback(_Callback):
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self._bn_pass and batch == 0:
             self._bn_pass.hold_learning_rate()
-        elif self._plan.changes_within(self._epoch):
+        elif self._epoch is not None and self._plan.changes_within(self._epoch):
             self._set_learning_rate(self._plan.learning_rate(self._epoch, batch, self._steps))
 
     def on_test_begin(self, logs: Any = None) -> None:
@@ -184,13 +178,24 @@ class SWACallback(_Callback):
                 )
         else:
             warnings.warn(
-                f"Training ended after epoch {self._epoch + 1}, before SWA took its first "
-                f"snapshot (start_epoch={self.arguments.start_epoch}, "
-                f"swa_freq={self.arguments.swa_freq}). The model keeps its trained weights.",
+                "Training ended before SWA took its first snapshot (start_epoch="
+                f"{self.arguments.start_epoch}, swa_freq={self.arguments.swa_freq}). The model "
+                "keeps its trained weights.",
                 stacklevel=2,
             )
         # The buffers are as large as the weights.
-        del self._average
+        self._average = None
+
+    def _prepare(self) -> None:
+        model = self.model
+        self._average = WeightAverage(
+            self.flavour.trainable_variables(model), model.distribute_strategy
+        )
+        if not isinstance(model.train_function, CountingTrainFunction):
+            # `fit` has just made the one that is replaced, and not traced it yet.
+            model.train_function = CountingTrainFunction(model)
+        self._counts: CountingTrainFunction = model.train_function
+        self._counts.reset()
 
     def _begin_bn_pass(self, epoch: int) -> None:
         model = self.model
@@ -219,14 +224,12 @@ class SWACallback(_Callback):
             self._learning_rate.write(rate)
 
     def _learn_from_counts(self) -> None:
+        knew_nothing = self.inferred_batch_size is None
         self.inferred_batch_size = self._counts.largest_batch or None
-        if not self._at_first_epoch:
-            return
-        self._at_first_epoch = False
         if self._steps is None:
             self._steps = self._counts.batches or None
         given = self.arguments.batch_size
-        if given is not None and self.inferred_batch_size not in (None, given):
+        if knew_nothing and given is not None and self.inferred_batch_size not in (None, given):
             warnings.warn(
                 f"`batch_size`={given} was given to SWA, but training feeds global batches of "
                 f"{self.inferred_batch_size}. SWA goes by what it is fed; leave `batch_size` out.",

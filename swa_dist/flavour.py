@@ -126,8 +126,13 @@ class OptimizerLearningRate:
 
     def _is_settable(self) -> bool:
         rate = self.read()
-        if rate is None or isinstance(self._optimizer.learning_rate, self._schedule_type):
+        if rate is None:
             return False
+        # tf_keras's legacy optimizers would let a function, or a schedule, be overwritten. (Private
+        # for want of a public name; checked with tf_keras 2.21.)
+        hyper = getattr(self._optimizer, "_hyper", None)
+        if hyper is not None:
+            return not callable(hyper["learning_rate"])
         try:  # No public property of an optimizer tells.
             self._optimizer.learning_rate = rate
         except (TypeError, AttributeError):

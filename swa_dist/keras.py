@@ -1,5 +1,7 @@
 """SWA for Keras 3 on the TensorFlow backend: `from swa_dist.keras import SWA`."""
 
+import os
+
 try:
     import tensorflow  # noqa: F401  (asked for first: Keras 3 would fail in a less helpful way)
 except ImportError as error:
@@ -8,7 +10,14 @@ except ImportError as error:
         "`pip install swa-dist[tensorflow]`, or [cpu], [gpu], [tpu]."
     ) from error
 
-import keras
+try:
+    import keras
+except ImportError as error:
+    raise ImportError(
+        "swa_dist.keras needs Keras 3 on its TensorFlow backend, but `import keras` fails: "
+        f"{error}. Received: KERAS_BACKEND={os.environ.get('KERAS_BACKEND')}. Install Keras 3, and "
+        "set KERAS_BACKEND=tensorflow before it is imported."
+    ) from error
 
 from swa_dist.callback import SWACallback
 from swa_dist.flavour import Flavour

@@ -7,12 +7,12 @@ as people do; `epoch` in a method is Keras's, counted from 0.
 import math
 import numbers
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 from swa_dist import schedules
 
 LR_SCHEDULES = ("manual", "constant", "cyclic")
+_FLOAT32_STEP = 1.2e-7
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,13 @@ class Plan:
         start = self.arguments.start_epoch
         if isinstance(start, numbers.Integral):
             return int(start)
-        # As written, not as stored: 0.1 of 30 epochs is 3 of them, not 3.0000000000000004.
-        return math.ceil(Fraction(str(float(start))) * self.epochs) + 1
+        # 0.1 of 30 epochs is 3 of them, although the float is a little more than 0.1.
+        return math.ceil(float(start) * self.epochs * (1 - _FLOAT32_STEP)) + 1
+
+    @property
+    def swa_freq(self) -> int:
+        """Epochs from one snapshot to the next."""
+        return int(self.arguments.swa_freq)
 
     @property
     def swa_lr(self) -> float:
@@ -151,7 +156,7 @@ class Plan:
         """
         if any(self.is_snapshot(e) for e in range(epoch, self.epochs)):
             return
-        first_possible = self.start_epoch + self.arguments.swa_freq - 1
+        first_possible = self.start_epoch + self.swa_freq - 1
         last_possible = self.epochs - self.has_bn
         begins = f" from epoch {epoch + 1}" if epoch else ""
         last = (
@@ -175,7 +180,7 @@ class Plan:
     def is_snapshot(self, epoch: int) -> bool:
         """Whether the weights at the end of this epoch enter the average."""
         into = epoch + 1 - self.start_epoch + 1
-        return into > 0 and into % self.arguments.swa_freq == 0 and not self.is_bn_pass(epoch)
+        return into > 0 and into % self.swa_freq == 0 and not self.is_bn_pass(epoch)
 
     def is_bn_pass(self, epoch: int) -> bool:
         """Whether this epoch recomputes batch normalization statistics instead of training."""
@@ -208,7 +213,7 @@ class Plan:
         if not self.changes_within(epoch):
             assert self.initial_rate is not None
             return schedules.annealed(epoch + 1, self.start_epoch, self.initial_rate, self.swa_lr)
-        freq = self.arguments.swa_freq
+        freq = self.swa_freq
         epochs_behind = (epoch + 1 - self.start_epoch) % freq
         if steps is None:
             return schedules.cyclic(epochs_behind, freq, self.swa_lr, self.swa_lr2)
@@ -226,7 +231,12 @@ def _is_integer(value: Any, at_least: int) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _refuse(arguments: Arguments, name: str, rule: str) -> None:
@@ -237,5 +247,5 @@ def _check_order(swa_lr: float, swa_lr2: float) -> None:
     if swa_lr2 < swa_lr:
         raise ValueError(
             "`swa_lr2` must be at least `swa_lr`: a cycle falls from the one to the other. "
-            f"Received: swa_lr2={swa_lr2:g}, swa_lr={swa_lr:g}."
+            f"Received: swa_lr2={swa_lr2!r}, swa_lr={swa_lr!r}."
         )

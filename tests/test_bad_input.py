@@ -252,10 +252,6 @@ CYCLIC = {"start_epoch": 2, "lr_schedule": "cyclic", "swa_freq": 2}
                 dense, TWO_EPOCHS_UP_TO_3, {"initial_epoch": 3},
                 [NO_SNAPSHOT, "start_epoch=2", "swa_freq=2", "epoch 4"],
             ),
-            "there is no epoch": (
-                dense, {"start_epoch": 2}, {"initial_epoch": 4},
-                [NO_SNAPSHOT, "start_epoch=2", "epoch 4"],
-            ),
             "constant, the optimizer has a schedule": (
                 scheduled, {"start_epoch": 2, "lr_schedule": "constant"}, {},
                 [NOT_SETTABLE, "LearningRateSchedule", "lr_schedule='constant'"],
