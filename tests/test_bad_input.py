@@ -296,6 +296,15 @@ def test_what_a_model_or_a_run_does_not_allow_is_refused(
         assert word in message
 
 
+@both
+def test_a_run_without_an_epoch_warns_and_leaves_the_model_alone(kit):
+    model, swa = dense(kit), kit.SWA(2)
+    before = state(kit, model)
+    with pytest.warns(UserWarning, match=r"before SWA took its first snapshot \(start_epoch=2"):
+        fit(kit, model, [swa], initial_epoch=EPOCHS)
+    assert_bitwise(state(kit, model), before)
+
+
 @pytest.mark.parametrize("arguments", [{"start_epoch": 2, "lr_schedule": "constant"}, CYCLIC])
 def test_a_legacy_optimizer_with_a_schedule_is_refused(arguments):
     model = dense(TF_KERAS, optimizer=TF_KERAS.keras.optimizers.legacy.SGD(decay(TF_KERAS)))
