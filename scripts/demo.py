@@ -53,6 +53,7 @@ class Run:
     history: dict[str, list[float]]
     last_sgd_weights: list[NDArray]
     seconds: float
+    step_seconds: list[list[float]]  # epoch by epoch
 
 
 @dataclass
@@ -77,7 +78,7 @@ def main() -> None:
         flush=True,
     )
     run = train_model(libraries, train, test, arguments.replicas, arguments.epochs)
-    print(f"\nTrained in {run.seconds:.0f} seconds.\n")
+    print(f"\nTrained in {run.seconds:.0f} seconds. {describe_steps(run.step_seconds)}\n")
     results = compare(run, test)
     print_table(results, run.swa.n_averaged)
 
@@ -168,9 +169,19 @@ def train_model(
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
-    last_sgd_weights = []
+    last_sgd_weights: list[NDArray] = []
+    step_seconds: list[list[float]] = []
 
     class Reporter(keras.callbacks.Callback):  # type: ignore[name-defined]
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            step_seconds.append([])
+
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self.began = time.perf_counter()
+
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            step_seconds[-1].append(time.perf_counter() - self.began)
+
         def on_epoch_end(self, epoch: int, logs: dict[str, float]) -> None:
             if epoch == epochs - 2:  # before the BN pass
                 last_sgd_weights.extend(self.model.get_weights())
@@ -192,7 +203,19 @@ def train_model(
         verbose=0,
         callbacks=[swa, Reporter()],
     ).history
-    return Run(model, swa, history, last_sgd_weights, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    return Run(model, swa, history, last_sgd_weights, seconds, step_seconds)
+
+
+def describe_steps(step_seconds: list[list[float]]) -> str:
+    """Compare a step of the BN pass, the last epoch, with a training step."""
+    # The first steps of the first and the last epoch are traced.
+    steady = [epoch[5:] for epoch in step_seconds[1:]]
+    training, bn_pass = np.median(np.concatenate(steady[:-1])), np.median(steady[-1])
+    return (
+        f"A step took {training * 1e3:.0f} ms, a step of the BN pass {bn_pass * 1e3:.0f} ms: "
+        f"{bn_pass / training:.2f} of it (medians)."
+    )
 
 
 def compare(run: Run, test: Digits) -> list[Result]:
@@ -249,7 +272,10 @@ def draw(run: Run, path: Path) -> None:
     axes[0].set_title("Stochastic weight averaging on 4,000 MNIST digits")
     axes[1].yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1))
     axes[2].set_yscale("log")
+    for which in (axes[2].yaxis.set_major_formatter, axes[2].yaxis.set_minor_formatter):
+        which(mpl.ticker.FormatStrFormatter("%g"))
     axes[2].set_xlabel("epoch")
+    axes[2].set_xlim(0.5, epochs[-1] + 0.5)
     axes[2].xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     axes[0].legend(
         handles=[

@@ -109,8 +109,10 @@ class BatchNormPass:
         self._put_back()
 
     def _fail(self) -> None:
-        self._statistics.restore()
-        self._put_back()
+        try:
+            self._statistics.restore()
+        finally:
+            self._put_back()
 
     def _put_back(self) -> None:
         self._running = False

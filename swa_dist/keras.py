@@ -2,13 +2,7 @@
 
 import os
 
-try:
-    import tensorflow  # noqa: F401  (asked for first: Keras 3 would fail in a less helpful way)
-except ImportError as error:
-    raise ImportError(
-        "swa_dist needs TensorFlow, and leaves the choice of build to you. Install one: "
-        "`pip install swa-dist[tensorflow]`, or [cpu], [gpu], [tpu]."
-    ) from error
+from swa_dist import _tensorflow  # noqa: F401  (first: it says what to do)
 
 try:
     import keras

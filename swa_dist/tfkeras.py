@@ -1,12 +1,6 @@
 """SWA for tf_keras, the legacy Keras 2: `from swa_dist.tfkeras import SWA`."""
 
-try:
-    import tensorflow  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "swa_dist needs TensorFlow, and leaves the choice of build to you. Install one: "
-        "`pip install swa-dist[tensorflow]`, or [cpu], [gpu], [tpu]."
-    ) from error
+from swa_dist import _tensorflow  # noqa: F401  (first: it says what to do)
 
 try:
     import tf_keras

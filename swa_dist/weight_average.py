@@ -52,16 +52,21 @@ class WeightAverage:
 
     def _update_replica(self) -> None:
         self._count.assign_add(1)
+        done: list[tf.Operation] = []
         for total, variable in zip(self._sums, self._variables, strict=True):
-            total.assign_add(tf.cast(variable, total.dtype))
+            with tf.control_dependencies(done):
+                value = tf.cast(variable, total.dtype)
+                added = total.assign_add(value, read_value=False)
+            if variable.dtype != total.dtype:
+                done = [added]  # one converted copy in memory at a time
 
     def _copy_replica(self) -> None:
         done: list[tf.Operation] = []
         for total, variable in zip(self._sums, self._variables, strict=True):
-            # One after the other, so that a single quotient is in memory at any time.
             with tf.control_dependencies(done):
                 mean = total / tf.cast(self._count, total.dtype)
-                done = [variable.assign(tf.cast(mean, variable.dtype), read_value=False)]
+                assigned = variable.assign(tf.cast(mean, variable.dtype), read_value=False)
+            done = [assigned]  # one quotient in memory at a time
 
 
 def _sum_dtype(dtype: tf.DType) -> tf.DType:

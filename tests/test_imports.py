@@ -21,7 +21,7 @@ PACKAGE = Path(swa_dist.__file__).parent
 # A module imports from lower floors only.
 FLOORS = [
     ["plan", "schedules"],
-    ["replicas"],
+    ["_tensorflow", "replicas"],
     ["weight_average", "batch_norm", "train_function"],
     ["batch_size", "bn_pass", "flavour"],
     ["callback"],
@@ -30,9 +30,9 @@ FLOORS = [
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 NEIGHBOURS = {("plan", "schedules")}  # a plan is made of schedules
-FRAMEWORKS = {"plan": set(), "schedules": set(), "__init__": {"tensorflow"}} | {
-    "keras": {"tensorflow", "keras"},
-    "tfkeras": {"tensorflow", "tf_keras"},
+FRAMEWORKS = {"plan": set(), "schedules": set(), "__init__": set()} | {
+    "keras": {"keras"},
+    "tfkeras": {"tf_keras"},
 }
 
 PRELUDE = """
