@@ -1,7 +1,6 @@
 """Exact statistics of what batch normalization layers are fed, pooled over batches and replicas."""
 
 import functools
-import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from swa_dist.replicas import ReplicaFunction, local_variable
+from swa_dist.replicas import ReplicaFunction, local_variable, read
 
 # Longest run of float32 numbers that is added up in one go. TensorFlow's CPU kernel sums an outer
 # axis number by number, and its rounding error grows with the length: 1e-5 to 4e-4 of the variance
@@ -23,6 +22,7 @@ class BatchNormLayer:
 
     Args:
         layer: The Keras layer.
+        base: The class, its own or an ancestor, whose `call` takes the moments.
         input_shape: Sizes of its input's axes: a number for each channel axis, None for the others,
             over which it takes its moments.
         mean: Variable of its moving mean.
@@ -33,6 +33,7 @@ class BatchNormLayer:
     """
 
     layer: Any
+    base: type
     input_shape: tuple[int | None, ...]
     mean: tf.Variable
     variance: tf.Variable
@@ -81,6 +82,7 @@ class BatchNormStatistics:
     """
 
     def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
+        self._strategy = strategy
         with strategy.scope():
             self._accumulators = [_Accumulator(layer) for layer in layers]
         self._begin = ReplicaFunction(self._begin_replica, strategy)
@@ -102,9 +104,19 @@ class BatchNormStatistics:
         """
         self._pool()
 
-    def observers(self) -> list[tuple[Any, str, Callable]]:
-        """Return (layer, "call", function) for each layer: what to put in place to observe it."""
-        return [(a.layer.layer, "call", _observed(a)) for a in self._accumulators]
+    @property
+    def saw_rows(self) -> bool:
+        """Whether, at the last `pool`, rows had reached any of the layers."""
+        return any(read(a.reached, self._strategy) for a in self._accumulators)
+
+    def observers(self) -> list[tuple[type, str, Callable]]:
+        """Return (class, "call", function) for each class of layers: put them in place to observe.
+
+        The classes, not the layers: a subclass may hand its ancestor other inputs than its own.
+        """
+        accumulators = {id(a.layer.layer): a for a in self._accumulators}
+        bases = {a.layer.base for a in self._accumulators}
+        return [(base, "call", _observed(base, accumulators)) for base in bases]
 
     def _begin_replica(self) -> None:
         for accumulator in self._accumulators:
@@ -120,24 +132,25 @@ class BatchNormStatistics:
         def add_up(values: list[tf.Tensor]) -> list[tf.Tensor]:
             return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
-        # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2)
-        counts = [tf.cast(a.count, a.dtype) for a in self._accumulators]
+        # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2), where
+        # all means are taken from one rounded mean c: their differences need digits of their own.
+        accumulators = self._accumulators
+        counts = [tf.cast(a.count, a.dtype) for a in accumulators]
         totals = add_up(counts)
-        own = [a.mean_and_squares() for a in self._accumulators]
-        means = add_up(
-            [
-                tf.math.divide_no_nan(n, t) * m
-                for n, t, (m, _) in zip(counts, totals, own, strict=True)
-            ]
-        )
+        shares = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
+        centers = add_up([w * a.mean[0] for w, a in zip(shares, accumulators, strict=True)])
+        offsets = [(a.mean[0] - c) + a.mean[1] for a, c in zip(accumulators, centers, strict=True)]
+        means = add_up([w * o for w, o in zip(shares, offsets, strict=True)])
         squares = add_up(
             [
-                s + n * tf.square(m - mean)
-                for n, (m, s), mean in zip(counts, own, means, strict=True)
+                a.squares + n * tf.square(o - mean)
+                for a, n, o, mean in zip(accumulators, counts, offsets, means, strict=True)
             ]
         )
-        for a, total, mean, square in zip(self._accumulators, totals, means, squares, strict=True):
-            a.assign(total, mean, tf.math.divide_no_nan(square, total))
+        for a, total, c, mean, square in zip(
+            accumulators, totals, centers, means, squares, strict=True
+        ):
+            a.assign(total, c + mean, tf.math.divide_no_nan(square, total))
 
 
 class _Accumulator:
@@ -148,6 +161,7 @@ class _Accumulator:
         self.dtype = tf.float64 if layer.mean.dtype == tf.float64 else tf.float32
         channels = layer.mean.shape.num_elements()
         self.count = local_variable(tf.zeros([channels], tf.int64))
+        self.reached = local_variable(tf.zeros([], tf.int64))
         self._high = local_variable(tf.zeros([2, channels], self.dtype))
         self._low = local_variable(tf.zeros([2, channels], self.dtype))
         self._before = [local_variable(tf.zeros(v.shape, v.dtype)) for v in layer.variables]
@@ -168,7 +182,7 @@ class _Accumulator:
         # A generator's batches have no static shape. The layer knows its own.
         inputs = tf.ensure_shape(tf.stop_gradient(inputs), self.layer.input_shape)
         reduced = [axis for axis, size in enumerate(self.layer.input_shape) if size is None]
-        batch_count, batch_mean, batch_squares = _moments(
+        batch_count, batch_mean, rest, batch_squares = _moments(
             tf.cast(inputs, self.dtype), reduced, mask
         )
         if tf.is_tensor(training):
@@ -178,14 +192,12 @@ class _Accumulator:
 
         count = self.count + batch_count
         share = tf.cast(batch_count, self.dtype) / tf.cast(tf.maximum(count, 1), self.dtype)
-        delta = (batch_mean - self._high[0]) - self._low[0]
-        increment = tf.stack(
-            [
-                delta * share,
-                batch_squares + tf.square(delta) * tf.cast(self.count, self.dtype) * share,
-            ]
-        )
-        high, low = _two_sum(self._high, self._low + increment)
+        # What rounding took goes into the low parts only: added to a large mean it would be lost.
+        delta, small = batch_mean - self._high[0], rest - self._low[0]
+        between = tf.square(delta + small) * tf.cast(self.count, self.dtype) * share
+        increment = tf.stack([delta * share, batch_squares + between])
+        high, error = _two_sum(self._high, increment)
+        low = self._low + (error + tf.stack([small * share, tf.zeros_like(small)]))
         # All or nothing: at the end of the data the step is run once more and fails for want of a
         # batch, and where shapes are static the count does not need one.
         with tf.control_dependencies([high, low]):
@@ -193,11 +205,18 @@ class _Accumulator:
             self._high.assign(high)
             self._low.assign(low)
 
-    def mean_and_squares(self) -> tuple[tf.Tensor, tf.Tensor]:
-        mean, squares = tf.unstack(self._high + self._low)
-        return mean, squares
+    @property
+    def mean(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """The mean, as high and low part."""
+        return self._high[0], self._low[0]
+
+    @property
+    def squares(self) -> tf.Tensor:
+        """The sum of squared deviations."""
+        return self._high[1] + self._low[1]
 
     def assign(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
+        self.reached.assign(tf.cast(tf.reduce_any(count > 0), tf.int64))
         values = self.layer.values(mean, variance)
         for before, variable, value in zip(self._before, self.layer.variables, values, strict=True):
             seen = tf.reshape(count > 0, variable.shape)
@@ -205,27 +224,29 @@ class _Accumulator:
             variable.assign(tf.where(seen, value, before))
 
 
-def _observed(accumulator: _Accumulator) -> Callable:
-    original = accumulator.layer.layer.call
-    signature = inspect.signature(original)
+def _observed(base: type, accumulators: dict[int, _Accumulator]) -> Callable:
+    original: Callable = base.call  # type: ignore[attr-defined]
 
     # The signature stays visible: both Kerases look for `training` and `mask` in it.
     @functools.wraps(original)
-    def call(*args, **kwargs):  # type: ignore[no-untyped-def]
-        given = signature.bind(*args, **kwargs).arguments
-        training = given.get("training")
-        if tf.is_tensor(training) or training:
-            mask = given.get("mask") if accumulator.layer.uses_mask else None
-            accumulator.add(next(iter(given.values())), mask, training)
-        return original(*args, **kwargs)
+    @tf.autograph.experimental.do_not_convert
+    def call(self, inputs, training=None, mask=None):  # type: ignore[no-untyped-def]
+        accumulator = accumulators.get(id(self))
+        if accumulator and (tf.is_tensor(training) or training):
+            accumulator.add(inputs, mask if accumulator.layer.uses_mask else None, training)
+        return original(self, inputs, training=training, mask=mask)
 
     return call
 
 
 def _moments(
     inputs: tf.Tensor, reduced: list[int], mask: tf.Tensor | None
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return the count (int64), mean and sum of squared deviations of each channel, flat."""
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Return each channel's count (int64), mean, what rounding took from it, and squares, flat.
+
+    The deviations from a mean that rounding has moved by r have mean r and squares that are n r^2
+    too many. Where the mean is large beside the spread, that is more than float32 may lose.
+    """
     if mask is None:
         channels = math.prod(n for axis, n in enumerate(inputs.shape) if axis not in reduced)
         rows = tf.reduce_prod(tf.gather(tf.shape(inputs, tf.int64), reduced))
@@ -241,11 +262,15 @@ def _moments(
             values = _sum(values, axis)
         return values
 
-    divisor = tf.cast(tf.maximum(count, 1), inputs.dtype)
+    n = tf.cast(tf.maximum(count, 1), inputs.dtype)
     sums = total(inputs)
-    mean = sums / tf.reshape(divisor, tf.shape(sums))
-    squares = total(tf.math.squared_difference(inputs, mean))
-    return count, tf.reshape(mean, [-1]), tf.reshape(squares, [-1])
+    n = tf.reshape(n, tf.shape(sums))
+    mean = sums / n
+    deviations = inputs - mean
+    rest = total(deviations) / n
+    squares = total(tf.square(deviations)) - n * tf.square(rest)
+    mean, rest, squares = (tf.reshape(values, [-1]) for values in (mean, rest, squares))
+    return count, mean, rest, squares
 
 
 def _sum(values: tf.Tensor, axis: int) -> tf.Tensor:

@@ -83,7 +83,7 @@ class BatchNormPass:
     def hold_learning_rate(self) -> None:
         """Set the learning rate to 0 again; what another callback has set comes after the pass."""
         scheduled = self._learning_rate.read()
-        if scheduled:
+        if scheduled and self._running:
             self._rate = scheduled
             self._learning_rate.write(0.0)
 
@@ -97,16 +97,25 @@ class BatchNormPass:
             self._fail()
             raise
 
-    def finish(self) -> None:
-        """Give the BN layers their statistics, and the model back what was taken over."""
+    def finish(self) -> bool:
+        """Give the BN layers their statistics, and the model back what was taken over.
+
+        Returns:
+            Whether the layers have new statistics: rows reached them, and nothing ended the pass.
+        """
         if not self._running:
-            return
+            return False
         try:
             self._statistics.pool()
         except BaseException:
             self._fail()
             raise
         self._put_back()
+        return self._statistics.saw_rows
+
+    def deliver_again(self) -> None:
+        """Give the BN layers the statistics of `finish` once more."""
+        self._statistics.pool()
 
     def _fail(self) -> None:
         try:

@@ -99,6 +99,7 @@ class SWACallback(_Callback):
         self.n_averaged = 0
         self.inferred_batch_size: int | None = None
         self._bn_pass: BatchNormPass | None = None
+        self._final_bn: BatchNormPass | None = None
 
     def set_model(self, model: Any) -> None:
         self.flavour.check_model(model)
@@ -106,7 +107,7 @@ class SWACallback(_Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        if not model.built or not model.trainable_variables:
+        if not self.flavour.trainable_variables(model):
             raise ValueError(
                 "`model` must be built and have trainable weights before SWA can average them. "
                 f"Received: the model {model.name!r}, built={model.built}, with none. Call it on a "
@@ -121,8 +122,7 @@ class SWACallback(_Callback):
         )
         self._steps: int | None = self.params.get("steps")
         self._epoch: int | None = None
-        self._bn_pass = None
-        self._has_final_bn = False
+        self._bn_pass = self._final_bn = None
         self.n_averaged = 0
         self.inferred_batch_size = None
         if self._plan.has_bn:
@@ -165,15 +165,19 @@ class SWACallback(_Callback):
 
     def on_train_end(self, logs: Any = None) -> None:
         if self.n_averaged:
-            # Again after a BN pass: an optimizer with `use_ema` has just put its own average there.
+            # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores
+            # earlier weights, has just put others there.
             self._average.copy_to_model()
             if not self._plan.has_bn:
                 self._say_of_epoch(self._plan.epochs, _FINAL)
-            elif not self._has_final_bn:
+            elif self._final_bn:
+                self._final_bn.deliver_again()
+            else:
                 warnings.warn(
-                    "Training ended before the epoch that recomputes the batch normalization "
-                    "statistics. The model holds the averaged weights with the statistics of the "
-                    "last trained ones.",
+                    "The batch normalization statistics were not recomputed: training ended before "
+                    f"the end of epoch {self._plan.epochs}, or no data reached the layers in it. "
+                    "The model holds the averaged weights with the statistics of the last trained "
+                    "ones.",
                     stacklevel=2,
                 )
         else:
@@ -184,7 +188,7 @@ class SWACallback(_Callback):
                 stacklevel=2,
             )
         # The buffers are as large as the weights.
-        self._average = None
+        self._average = self._final_bn = None
 
     def _prepare(self) -> None:
         model = self.model
@@ -213,9 +217,8 @@ class SWACallback(_Callback):
 
     def _finish_bn_pass(self) -> None:
         if self._bn_pass:
-            self._bn_pass.finish()
+            self._final_bn = self._bn_pass if self._bn_pass.finish() else None
             self._bn_pass = None
-            self._has_final_bn = True
             # The training step may write weights by other means than an optimizer.
             self._average.copy_to_model()
 

@@ -21,12 +21,15 @@ class Flavour:
     def __init__(self, module: ModuleType) -> None:
         self._module = module
         self._is_keras_3 = module.__name__ == "keras"
-        layers, optimizers = module.layers, module.optimizers
-        self._batch_norm_types: Any = (layers.BatchNormalization,)
+        optimizers = module.optimizers
+        # Where `call` is, is the ancestor of all BN layers: in tf_keras of the synchronized one and
+        # of version 1, too.
+        self._batch_norm_base = next(
+            c for c in module.layers.BatchNormalization.__mro__ if "call" in vars(c)
+        )
         self._optimizer_types: Any = (optimizers.Optimizer,)
         self._schedule_type: Any = optimizers.schedules.LearningRateSchedule
         if not self._is_keras_3:
-            self._batch_norm_types += (layers.experimental.SyncBatchNormalization,)
             self._optimizer_types += (optimizers.legacy.Optimizer,)
 
     def check_model(self, model: Any) -> None:
@@ -51,15 +54,18 @@ class Flavour:
         return variable.value if self._is_keras_3 else variable
 
     def trainable_variables(self, model: Any) -> list[tf.Variable]:
-        """Return the TensorFlow variables that training changes."""
-        return [self.variable(v) for v in model.trainable_variables]
+        """Return the TensorFlow variables that training changes; none if there are none yet."""
+        try:
+            return [self.variable(v) for v in model.trainable_variables]
+        except ValueError:  # tf_keras, of a Sequential that was never called
+            return []
 
     def live_batch_norm(self, model: Any) -> list[BatchNormLayer]:
         """Return the BN layers that training would update, nested and wrapped ones included."""
         return [
             self._batch_norm_layer(layer)
             for layer in _flatten_layers(model)
-            if isinstance(layer, self._batch_norm_types) and layer.built and layer.trainable
+            if isinstance(layer, self._batch_norm_base) and layer.built and layer.trainable
         ]
 
     def optimizers(self, model: Any) -> list[Any]:
@@ -87,6 +93,7 @@ class Flavour:
         channels = {axis % spec.ndim: size for axis, size in spec.axes.items()}
         return BatchNormLayer(
             layer,
+            base=self._batch_norm_base,
             input_shape=tuple(channels.get(axis) for axis in range(spec.ndim)),
             mean=self.variable(layer.moving_mean),
             variance=self.variable(layer.moving_variance),

@@ -40,9 +40,13 @@ class TrainFunction:
 
 @contextlib.contextmanager
 def shadowed(shadows: Sequence[Shadow]) -> Iterator[None]:
-    """Shadow attributes of objects, and uncover them on leaving."""
+    """Shadow attributes of objects, and own ones of classes, and uncover them on leaving."""
     with contextlib.ExitStack() as stack:
         for owner, name, value in shadows:
+            if isinstance(owner, type):
+                stack.callback(setattr, owner, name, vars(owner)[name])
+                setattr(owner, name, value)
+                continue
             attributes: dict[str, Any] = owner.__dict__  # past Keras's __setattr__, which tracks
             if name in attributes:
                 stack.callback(attributes.__setitem__, name, attributes[name])

@@ -23,6 +23,7 @@ def layer(channels, shape=None, dtype="float32", **arguments):
     local = {"trainable": False, "aggregation": tf.VariableAggregation.NONE}
     return BatchNormLayer(
         Layer(),
+        base=Layer,
         input_shape=shape or (None, *channels),
         mean=tf.Variable(tf.fill(channels, tf.constant(7, dtype)), **local),
         variance=tf.Variable(tf.fill(channels, tf.constant(8, dtype)), **local),
@@ -111,6 +112,15 @@ def test_any_rank_and_axes(shape, axes):
     seen = np.moveaxis(x.astype("float64"), axes, range(-len(axes), 0))
     seen = seen.reshape(-1, np.prod([shape[a] for a in axes]))
     assert_exact(run(strategy, norm, deal(x, 2, max(2, len(x) // 3))), seen)
+
+
+@pytest.mark.parametrize(("mean", "spread"), [(2000, 5), (101_325, 500), (1e5, 1)])
+def test_a_mean_far_beyond_the_spread_costs_no_digits(two_replicas, mean, spread):
+    x = (np.random.default_rng(2).normal(size=(4096, 2)) * spread + mean).astype("float32")
+    with two_replicas.scope():
+        norm = layer([2])
+    result = run(two_replicas, norm, deal(x, 2, 64))
+    assert_exact(result, rows(x))
 
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])

@@ -543,6 +543,65 @@ def test_layers_that_do_not_train_keep_what_they_have(kit, two_replicas):
     np.testing.assert_allclose(variance, x.var(0), rtol=1e-5)
 
 
+def subclasses(base):
+    class Keywords(base):
+        def call(self, x, **kwargs):
+            return super().call(x, **kwargs)
+
+    class AlwaysTrains(base):
+        def call(self, inputs):
+            return super().call(inputs, training=True)
+
+    class Doubles(base):
+        def call(self, inputs, training=None, mask=None):
+            return super().call(2 * inputs, training=training)
+
+    class NeverTrains(base):
+        def call(self, inputs, training=None, mask=None):
+            return super().call(inputs, training=False)
+
+    return Keywords, AlwaysTrains, Doubles, NeverTrains
+
+
+def test_what_counts_in_a_subclass_is_what_it_hands_to_its_ancestor(kit):
+    layers = [cls() for cls in subclasses(kit.keras.layers.BatchNormalization)]
+    inputs = kit.keras.layers.Input((3,))
+    joined = kit.keras.layers.Add()([layer(inputs) for layer in layers])
+    model = kit.keras.Model(inputs, kit.keras.layers.Dense(1)(joined))
+    model.compile("sgd", "mse", jit_compile=False)
+    keywords, always, doubles, never = layers
+    never.moving_mean.assign([7.0, 8.0, 9.0])
+    fit(kit, model)
+    x = rows(data()[0])
+    if kit.name == "tf_keras":  # Keras 3 itself hands `training` to nobody who does not name it
+        assert_statistics(kit, keywords, x)
+    for layer, seen in ((always, x), (doubles, 2 * x)):
+        assert_statistics(kit, layer, seen)
+    assert_bitwise([kit.array(never.moving_mean)], [[7, 8, 9]])
+    assert "call" not in vars(keywords)
+
+
+def test_a_callback_that_restores_weights_before_swa_changes_nothing(kit):
+    model = build(kit)
+    stopping = kit.keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)
+    recorder, *_ = fit(kit, model, [stopping])
+    assert_bitwise(kit.trainable(model), recorder.weights[2])
+    assert_statistics(kit, model.layers[0], rows(data()[0]))
+
+
+def test_training_inside_the_pass_ends_it_with_a_warning(kit):
+    model = build(kit)
+
+    class Nested(kit.keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 3:
+                self.model.train_on_batch(*data())
+
+    with pytest.warns(UserWarning, match="statistics were not recomputed"):
+        fit(kit, model, ([], [Nested()]))
+    assert kit.rate(model) == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize("how", ["run_eagerly", "jit_compile", "steps_per_execution"])
 def test_other_ways_to_run_the_step(kit, how):
     model = build(kit, **{how: 2 if how == "steps_per_execution" else True})
