@@ -179,11 +179,15 @@ class _Accumulator:
     @tf.autograph.experimental.do_not_convert
     def add(self, inputs: tf.Tensor, mask: tf.Tensor | None, training: Any) -> None:
         """Take the rows of one call of the layer into account (Chan et al., eq. 2.1)."""
-        # A generator's batches have no static shape. The layer knows its own.
-        inputs = tf.ensure_shape(tf.stop_gradient(inputs), self.layer.input_shape)
+        # The layer knows the channels where the tensor does not: a generator's batches have no
+        # static shape, and a convolution of no rows can have a wrong one (oneDNN, TensorFlow 2.21).
         reduced = [axis for axis, size in enumerate(self.layer.input_shape) if size is None]
+        shape: list[Any] = list(self.layer.input_shape)
+        for axis in reduced:
+            shape[axis] = tf.shape(inputs)[axis]
+        inputs = tf.reshape(inputs, shape)
         batch_count, batch_mean, rest, batch_squares = _moments(
-            tf.cast(inputs, self.dtype), reduced, mask
+            tf.cast(tf.stop_gradient(inputs), self.dtype), reduced, mask
         )
         if tf.is_tensor(training):
             trains = tf.cast(training, tf.bool)

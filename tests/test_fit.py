@@ -15,7 +15,7 @@ def images(n, seed=0):
     return x, rng.integers(0, 3, n)
 
 
-def build(kit, strategy, optimizer="SGD", rate=0.1, **compile_arguments):
+def build(kit, strategy, optimizer="SGD", rate=0.1, convolve=True, **compile_arguments):
     """A small network with BN of 4-D and 2-D inputs, a tap before each."""
     keras = kit.keras
     with strategy.scope():
@@ -23,7 +23,8 @@ def build(kit, strategy, optimizer="SGD", rate=0.1, **compile_arguments):
         norms = [keras.layers.BatchNormalization(name=f"bn{i}") for i in range(3)]
         inputs = keras.layers.Input((6, 6, 2))
         x = norms[0](taps[0](inputs))
-        x = keras.layers.Conv2D(4, 3, use_bias=False)(x)
+        middle = keras.layers.Conv2D(4, 3, use_bias=False) if convolve else keras.layers.Dense(4)
+        x = middle(x)
         x = keras.layers.ReLU()(norms[1](taps[1](x)))
         x = keras.layers.GlobalAveragePooling2D()(x)
         x = norms[2](taps[2](x))
@@ -69,8 +70,9 @@ def test_exact_average_and_statistics_with_a_ragged_last_batch(kit, strategy):
 
 
 def test_replicas_without_rows(kit, two_replicas):
-    # Only the last epoch has the batch of 1: Keras 3 itself trains to NaN on an empty shard.
-    model, taps, norms = build(kit, two_replicas)
+    # Only the last epoch has the batch of 1: Keras 3 itself trains to NaN on an empty shard. No
+    # convolution: of no rows, TensorFlow 2.21 with oneDNN gives a wrong shape.
+    model, taps, norms = build(kit, two_replicas, convolve=False)
     even = tf.data.Dataset.from_tensor_slices(images(16)).batch(8).repeat(EPOCHS - 1)
     ragged = tf.data.Dataset.from_tensor_slices(images(9, seed=1)).batch(8)
     recorder = kit.Recorder()
