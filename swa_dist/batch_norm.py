@@ -1,19 +1,14 @@
 """Exact statistics of what batch normalization layers are fed, pooled over batches and replicas."""
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
 
+from swa_dist.moments import moments, two_sum
 from swa_dist.replicas import ReplicaFunction, local_variable, read
-
-# Longest run of float32 numbers that is added up in one go. TensorFlow's CPU kernel sums an outer
-# axis number by number, and its rounding error grows with the length: 1e-5 to 4e-4 of the variance
-# of an image batch, where sums of sums stay below 5e-7.
-_LONGEST_SUM = 128
 
 
 @dataclass(frozen=True)
@@ -46,12 +41,46 @@ class BatchNormLayer:
         """The layer's statistics."""
         return [self.mean, self.variance, *(self.renorm or ())]
 
-    def values(self, mean: tf.Tensor, variance: tf.Tensor) -> list[tf.Tensor]:
-        """Return what each of `variables` is for a mean and a variance."""
-        if self.renorm is None:
-            return [mean, variance]
-        stddev = tf.sqrt(variance + self.epsilon)
-        return [mean, variance, mean, stddev, stddev]
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return self.mean.shape.num_elements()
+
+    @property
+    def dtype(self) -> tf.DType:
+        """The dtype in which to reckon with its statistics."""
+        return tf.float64 if self.mean.dtype == tf.float64 else tf.float32
+
+    def statistics(self) -> tf.Tensor:
+        """Return this replica's moving mean and variance, of shape (2, channels)."""
+        return tf.stack(
+            [tf.cast(tf.reshape(v, [-1]), self.dtype) for v in (self.mean, self.variance)]
+        )
+
+    def assign(
+        self,
+        mean: tf.Tensor,
+        variance: tf.Tensor,
+        where: tf.Tensor,
+        otherwise: Sequence[tf.Tensor] | None = None,
+    ) -> None:
+        """Give the layer a mean and a variance, on this replica.
+
+        Args:
+            mean: Mean of each channel.
+            variance: Variance of each channel.
+            where: Booleans, one for each channel or one for all: whether to give it.
+            otherwise: What its `variables` are to be elsewhere; None: what they are.
+        """
+        values = [mean, variance]
+        if self.renorm is not None:
+            stddev = tf.sqrt(variance + self.epsilon)
+            values += [mean, stddev, stddev]
+        for variable, value, old in zip(
+            self.variables, values, otherwise or self.variables, strict=True
+        ):
+            chosen = tf.where(where, tf.cast(value, variable.dtype), tf.reshape(old, [-1]))
+            variable.assign(tf.reshape(chosen, variable.shape))
 
 
 class BatchNormStatistics:
@@ -127,30 +156,106 @@ class BatchNormStatistics:
             accumulator.restore()
 
     def _pool_replica(self) -> None:
-        context = tf.distribute.get_replica_context()
-
-        def add_up(values: list[tf.Tensor]) -> list[tf.Tensor]:
-            return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
-
-        # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2), where
-        # all means are taken from one rounded mean c: their differences need digits of their own.
+        # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2)
         accumulators = self._accumulators
         counts = [tf.cast(a.count, a.dtype) for a in accumulators]
-        totals = add_up(counts)
+        totals = _add_up(counts)
         shares = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
-        centers = add_up([w * a.mean[0] for w, a in zip(shares, accumulators, strict=True)])
-        offsets = [(a.mean[0] - c) + a.mean[1] for a, c in zip(accumulators, centers, strict=True)]
-        means = add_up([w * o for w, o in zip(shares, offsets, strict=True)])
-        squares = add_up(
+        means, deviations = _mean_over_replicas([a.mean for a in accumulators], shares)
+        squares = _add_up(
             [
-                a.squares + n * tf.square(o - mean)
-                for a, n, o, mean in zip(accumulators, counts, offsets, means, strict=True)
+                a.squares + n * tf.square(deviation)
+                for a, n, deviation in zip(accumulators, counts, deviations, strict=True)
             ]
         )
-        for a, total, c, mean, square in zip(
-            accumulators, totals, centers, means, squares, strict=True
+        for a, total, mean, square in zip(accumulators, totals, means, squares, strict=True):
+            a.assign(total, mean, tf.math.divide_no_nan(square, total))
+
+
+class BatchNormAverage:
+    """Average of the statistics that BN layers had at each `update`.
+
+    It stands in where nothing better is at hand: the statistics of data seen through averaged
+    weights are not the average of statistics seen through each. At an update the moving statistics
+    of the replicas, each of its own share of the data, are pooled with equal weight, as a mean and
+    a population variance; a replica whose statistics of a layer are not finite has no weight. The
+    pooled means and variances then enter a running mean, which leaves statistics that never change
+    as they are, bit by bit.
+
+    Args:
+        layers: The layers.
+        strategy: The `tf.distribute.Strategy` under which they were created.
+
+    Distribution:
+        Call everything in cross-replica context, on every worker. `update` communicates.
+    """
+
+    def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
+        self._layers = list(layers)
+        with strategy.scope():
+            self._counts = [local_variable(tf.zeros([], tf.int64)) for _ in layers]
+            self._averages = [
+                local_variable(tf.zeros([2, layer.channels], layer.dtype)) for layer in layers
+            ]
+        self._update = ReplicaFunction(self._update_replica, strategy)
+        self._copy = ReplicaFunction(self._copy_replica, strategy)
+
+    def update(self) -> None:
+        """Take the layers' present statistics into the average."""
+        self._update()
+
+    def copy_to_model(self) -> None:
+        """Give the layers their average, on every replica. A layer without one keeps its own."""
+        self._copy()
+
+    def _update_replica(self) -> None:
+        rows = [layer.statistics() for layer in self._layers]
+        finite = [tf.reduce_all(tf.math.is_finite(row)) for row in rows]
+        votes = [tf.cast(f, row.dtype) for f, row in zip(finite, rows, strict=True)]
+        voters = _add_up(votes)
+        shares = [tf.math.divide_no_nan(v, n) for v, n in zip(votes, voters, strict=True)]
+        rows = [tf.where(f, row, tf.zeros_like(row)) for f, row in zip(finite, rows, strict=True)]
+        pooled, deviations = _mean_over_replicas([(r, tf.zeros_like(r)) for r in rows], shares)
+        between = _add_up(
+            [share * tf.square(d[0]) for share, d in zip(shares, deviations, strict=True)]
+        )
+        for count, average, n, values, variance in zip(
+            self._counts, self._averages, voters, pooled, between, strict=True
         ):
-            a.assign(total, c + mean, tf.math.divide_no_nan(square, total))
+            taken = n > 0
+            count.assign_add(tf.cast(taken, tf.int64))
+            values += tf.stack([tf.zeros_like(variance), variance])
+            step = (values - average) / tf.cast(tf.maximum(count, 1), values.dtype)
+            average.assign_add(tf.where(taken, step, tf.zeros_like(step)))
+
+    def _copy_replica(self) -> None:
+        for layer, count, average in zip(self._layers, self._counts, self._averages, strict=True):
+            layer.assign(average[0], average[1], where=count > 0)
+
+
+def _add_up(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Sum each over all replicas."""
+    if not values:
+        return []
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+
+def _mean_over_replicas(
+    values: list[tuple[tf.Tensor, tf.Tensor]], shares: list[tf.Tensor]
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Return each value's mean, weighted with shares, and its deviation from it on this replica.
+
+    The values are unevaluated sums high + low. They are taken relative to one rounded mean, c:
+    their differences need digits of their own.
+    """
+    centers = _add_up([share * high for share, (high, _) in zip(shares, values, strict=True)])
+    offsets = [(high - c) + low for (high, low), c in zip(values, centers, strict=True)]
+    means = _add_up([share * offset for share, offset in zip(shares, offsets, strict=True)])
+    return (
+        [c + mean for c, mean in zip(centers, means, strict=True)],
+        [offset - mean for offset, mean in zip(offsets, means, strict=True)],
+    )
 
 
 class _Accumulator:
@@ -158,8 +263,7 @@ class _Accumulator:
 
     def __init__(self, layer: BatchNormLayer) -> None:
         self.layer = layer
-        self.dtype = tf.float64 if layer.mean.dtype == tf.float64 else tf.float32
-        channels = layer.mean.shape.num_elements()
+        self.dtype, channels = layer.dtype, layer.channels
         self.count = local_variable(tf.zeros([channels], tf.int64))
         self.reached = local_variable(tf.zeros([], tf.int64))
         self._high = local_variable(tf.zeros([2, channels], self.dtype))
@@ -186,7 +290,7 @@ class _Accumulator:
         for axis in reduced:
             shape[axis] = tf.shape(inputs)[axis]
         inputs = tf.reshape(inputs, shape)
-        batch_count, batch_mean, rest, batch_squares = _moments(
+        batch_count, batch_mean, rest, batch_squares = moments(
             tf.cast(tf.stop_gradient(inputs), self.dtype), reduced, mask
         )
         if tf.is_tensor(training):
@@ -200,7 +304,7 @@ class _Accumulator:
         delta, small = batch_mean - self._high[0], rest - self._low[0]
         between = tf.square(delta + small) * tf.cast(self.count, self.dtype) * share
         increment = tf.stack([delta * share, batch_squares + between])
-        high, error = _two_sum(self._high, increment)
+        high, error = two_sum(self._high, increment)
         low = self._low + (error + tf.stack([small * share, tf.zeros_like(small)]))
         # All or nothing: at the end of the data the step is run once more and fails for want of a
         # batch, and where shapes are static the count does not need one.
@@ -221,11 +325,7 @@ class _Accumulator:
 
     def assign(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
         self.reached.assign(tf.cast(tf.reduce_any(count > 0), tf.int64))
-        values = self.layer.values(mean, variance)
-        for before, variable, value in zip(self._before, self.layer.variables, values, strict=True):
-            seen = tf.reshape(count > 0, variable.shape)
-            value = tf.cast(tf.reshape(value, variable.shape), variable.dtype)
-            variable.assign(tf.where(seen, value, before))
+        self.layer.assign(mean, variance, where=count > 0, otherwise=self._before)
 
 
 def _observed(base: type, accumulators: dict[int, _Accumulator]) -> Callable:
@@ -241,61 +341,3 @@ def _observed(base: type, accumulators: dict[int, _Accumulator]) -> Callable:
         return original(self, inputs, training=training, mask=mask)
 
     return call
-
-
-def _moments(
-    inputs: tf.Tensor, reduced: list[int], mask: tf.Tensor | None
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return each channel's count (int64), mean, what rounding took from it, and squares, flat.
-
-    The deviations from a mean that rounding has moved by r have mean r and squares that are n r^2
-    too many. Where the mean is large beside the spread, that is more than float32 may lose.
-    """
-    if mask is None:
-        channels = math.prod(n for axis, n in enumerate(inputs.shape) if axis not in reduced)
-        rows = tf.reduce_prod(tf.gather(tf.shape(inputs, tf.int64), reduced))
-        count = tf.fill([channels], rows)
-    else:
-        mask = tf.broadcast_to(tf.expand_dims(tf.cast(mask, tf.bool), -1), tf.shape(inputs))
-        count = tf.reshape(tf.reduce_sum(tf.cast(mask, tf.int64), reduced), [-1])
-
-    def total(values: tf.Tensor) -> tf.Tensor:
-        if mask is not None:
-            values = tf.where(mask, values, tf.zeros([], values.dtype))
-        for axis in reversed(reduced):  # the batch last: by then little is left of it
-            values = _sum(values, axis)
-        return values
-
-    n = tf.cast(tf.maximum(count, 1), inputs.dtype)
-    sums = total(inputs)
-    n = tf.reshape(n, tf.shape(sums))
-    mean = sums / n
-    deviations = inputs - mean
-    rest = total(deviations) / n
-    squares = total(tf.square(deviations)) - n * tf.square(rest)
-    mean, rest, squares = (tf.reshape(values, [-1]) for values in (mean, rest, squares))
-    return count, mean, rest, squares
-
-
-def _sum(values: tf.Tensor, axis: int) -> tf.Tensor:
-    """Sum one axis, keeping it, as sums of at most `_LONGEST_SUM` numbers."""
-    length = values.shape[axis]
-    while length is None or length > _LONGEST_SUM:
-        shape = tf.unstack(tf.shape(values), values.shape.rank)
-        padding = [[0, 0]] * values.shape.rank
-        padding[axis] = [0, -shape[axis] % _LONGEST_SUM]
-        values = tf.pad(values, padding)
-        blocks = (shape[axis] + _LONGEST_SUM - 1) // _LONGEST_SUM
-        values = tf.reshape(values, [*shape[:axis], blocks, _LONGEST_SUM, *shape[axis + 1 :]])
-        values = tf.reduce_sum(values, axis + 1)
-        if length is None:  # two levels do for any batch that fits into memory
-            break
-        length = -(-length // _LONGEST_SUM)
-    return tf.reduce_sum(values, axis, keepdims=True)
-
-
-def _two_sum(a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the rounded sum and its rounding error: exactly a + b together (Knuth)."""
-    total = a + b
-    b_part = total - a
-    return total, (a - (total - b_part)) + (b - b_part)

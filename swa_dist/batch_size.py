@@ -24,6 +24,7 @@ class CountingTrainFunction(TrainFunction):
         with self._strategy.scope():
             self._largest = local_variable(tf.zeros([], tf.int64))
             self._batches = local_variable(tf.zeros([], tf.int64))
+            self._empty_shares = local_variable(tf.zeros([], tf.int64))
         train_step = model.train_step
 
         def counted_train_step(data):  # type: ignore[no-untyped-def]
@@ -42,21 +43,27 @@ class CountingTrainFunction(TrainFunction):
         """Global batches since `reset`."""
         return read(self._batches, self._strategy)
 
+    @property
+    def empty_shares(self) -> int:
+        """Batches since `reset` of which some replica got no rows."""
+        return read(self._empty_shares, self._strategy)
+
     def reset(self) -> None:
         """Forget what was counted."""
-        for variable in (self._largest, self._batches):
+        for variable in (self._largest, self._batches, self._empty_shares):
             variable.assign(0)
 
     @tf.autograph.experimental.do_not_convert
     def _count(self, data: Any) -> None:
         context = tf.distribute.get_replica_context()
-        rows = context.merge_call(_global_rows, args=(_rows(data),))
+        rows, without = context.merge_call(_global_rows, args=(_rows(data),))
         # At the end of the data the step is run once more and fails for want of a batch. Nothing
         # may be counted then, not even where the number of rows is static.
         fed = [t for t in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(t)]
         with tf.control_dependencies(fed):
             self._largest.assign(tf.maximum(self._largest, rows))
             self._batches.assign_add(1)
+            self._empty_shares.assign_add(without)
 
 
 def _rows(data: Any) -> tf.Tensor:
@@ -71,7 +78,9 @@ def _rows(data: Any) -> tf.Tensor:
     return tf.zeros([], tf.int64)
 
 
-def _global_rows(strategy: tf.distribute.Strategy, rows: Any) -> tf.Tensor:
+def _global_rows(strategy: tf.distribute.Strategy, rows: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the rows of the global batch, and 1 if some replica has none of them, else 0."""
     local = strategy.experimental_local_results(rows)
     # Where one trace, or one worker, stands for several replicas, each is fed as much as this one.
-    return tf.add_n(local) * (strategy.num_replicas_in_sync // len(local))
+    total = tf.add_n(local) * (strategy.num_replicas_in_sync // len(local))
+    return total, tf.cast(tf.reduce_min(tf.stack(local)) == 0, tf.int64)

@@ -1,7 +1,7 @@
 """The BN pass: an epoch of the user's own training step in which only BN statistics change."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -20,7 +20,7 @@ class LearningRate(Protocol):
         """Set it, if it can be set."""
 
 
-class BatchNormPass:
+class BatchNormPass(TrainFunction):
     """Recompute the statistics of a model's BN layers, in the course of a `fit`.
 
     From `begin` to `finish` the model's train function is this one: it runs the model's own
@@ -28,14 +28,17 @@ class BatchNormPass:
     Gradients that nobody uses are not computed, so the step is a forward pass. The layers count
     and pool what reaches them (see `BatchNormStatistics`).
 
-    If the step or the data fails, all is put back at once. If anything else ends `fit` before
-    `finish`, it is put back when the model is next about to train.
+    The end of the data is a `finish`. If the step or the data fails, all is put back at once. If
+    anything else ends `fit` before `finish`, it is put back when the model is next about to train.
 
     Args:
         model: A compiled Keras model.
         layers: The BN layers to observe.
         optimizers: Every optimizer that its training step may use.
         learning_rate: The learning rate that is to read 0 during the pass.
+        set_weights: Gives the model the weights for which the statistics are to hold. It is called
+            where others may have put other weights: callbacks that swap them at the beginning of
+            an epoch, a training step that writes them by other means than an optimizer.
 
     Distribution:
         All methods in cross-replica context, on every worker.
@@ -47,11 +50,16 @@ class BatchNormPass:
         layers: Sequence[BatchNormLayer],
         optimizers: Sequence[Any],
         learning_rate: LearningRate,
+        set_weights: Callable[[], None],
     ) -> None:
-        self._model = model
         self._learning_rate = learning_rate
+        self._set_weights = set_weights
         self._statistics = BatchNormStatistics(layers, model.distribute_strategy)
-        self._function = TrainFunction(
+        self._rate: float | None = None
+        self._taken_over = contextlib.ExitStack()
+        self._running = self._began = False
+        self.delivered = False
+        super().__init__(
             model,
             [
                 *self._statistics.observers(),
@@ -61,15 +69,11 @@ class BatchNormPass:
                 *(shadow for optimizer in optimizers for shadow in _standing_still(optimizer)),
             ],
         )
-        self._trains_with: Any = None
-        self._rate: float | None = None
-        self._taken_over = contextlib.ExitStack()
-        self._running = False
 
     def begin(self) -> None:
         """Take over the model's train function, and its learning rate."""
+        self._set_weights()
         self._statistics.begin()
-        self._trains_with = self._model.train_function
         self._rate = self._learning_rate.read()
         # Both Kerases call this before anything else when a model is about to train. Only a `fit`
         # that was cut short still has it then.
@@ -77,45 +81,51 @@ class BatchNormPass:
             shadowed([(self._model, "make_train_function", self._make_train_function)])
         )
         self._running = True
-        self._model.train_function = self
+        self.install()
         self._learning_rate.write(0.0)
-
-    def hold_learning_rate(self) -> None:
-        """Set the learning rate to 0 again; what another callback has set comes after the pass."""
-        scheduled = self._learning_rate.read()
-        if scheduled and self._running:
-            self._rate = scheduled
-            self._learning_rate.write(0.0)
 
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step. Keras calls this."""
         try:
-            return self._function(iterator)
+            if not self._began:
+                self._began = True
+                self._set_weights()
+                self._hold_learning_rate()
+            return super().__call__(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
+            self.finish()
             raise  # the way in which Keras learns that the data is at its end
         except BaseException:
             self._fail()
             raise
 
-    def finish(self) -> bool:
+    def finish(self) -> None:
         """Give the BN layers their statistics, and the model back what was taken over.
 
-        Returns:
-            Whether the layers have new statistics: rows reached them, and nothing ended the pass.
+        `delivered` then tells whether the layers have new statistics: whether rows reached them,
+        and nothing ended the pass before. A second call does nothing.
         """
         if not self._running:
-            return False
+            return
         try:
             self._statistics.pool()
+            self._set_weights()
         except BaseException:
             self._fail()
             raise
         self._put_back()
-        return self._statistics.saw_rows
+        self.delivered = self._statistics.saw_rows
 
     def deliver_again(self) -> None:
         """Give the BN layers the statistics of `finish` once more."""
         self._statistics.pool()
+
+    def _hold_learning_rate(self) -> None:
+        # What another callback has set for this epoch comes after the pass.
+        scheduled = self._learning_rate.read()
+        if scheduled and self._running:
+            self._rate = scheduled
+            self._learning_rate.write(0.0)
 
     def _fail(self) -> None:
         try:
@@ -126,8 +136,7 @@ class BatchNormPass:
     def _put_back(self) -> None:
         self._running = False
         self._taken_over.close()
-        if self._model.train_function is self:  # else it was compiled anew
-            self._model.train_function = self._trains_with
+        self.uninstall()
         # A rate that is not 0 was set since, by somebody who knew.
         if self._rate is not None and self._learning_rate.read() == 0.0:
             self._learning_rate.write(self._rate)

@@ -1,12 +1,17 @@
 """The SWA callback, for any Keras: its hooks, in the order in which training calls them."""
 
 import warnings
+from collections.abc import MutableMapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
 
+from swa_dist.batch_norm import BatchNormAverage
 from swa_dist.batch_size import CountingTrainFunction
 from swa_dist.bn_pass import BatchNormPass
 from swa_dist.flavour import Flavour
 from swa_dist.plan import Arguments, Plan
+from swa_dist.replicas import check_strategy
 from swa_dist.weight_average import WeightAverage
 
 if TYPE_CHECKING:  # at run time a binding puts its Keras's Callback here
@@ -75,8 +80,13 @@ class SWACallback(_Callback):
     """
 
     flavour: ClassVar[Flavour]
-    _average: Any  # a WeightAverage, while a `fit` runs
+    _average: Any  # a WeightAverage, and a BatchNormAverage, while a `fit` runs
+    _bn_average: Any
     _plan: Plan
+
+    # The parameters of each model's `fit` that is about to begin: they are one object for all
+    # callbacks of a `fit`, and another one for each `fit`.
+    _beginning: ClassVar[MutableMapping[Any, dict]] = WeakKeyDictionary()
 
     # What tf_keras asks of a callback that does not need logs as NumPy, so that it need not wait
     # for the device after each batch.
@@ -98,8 +108,37 @@ class SWACallback(_Callback):
         )
         self.n_averaged = 0
         self.inferred_batch_size: int | None = None
+        self._epoch: int | None = None
         self._bn_pass: BatchNormPass | None = None
-        self._final_bn: BatchNormPass | None = None
+        self._in_fit = False
+
+    def plan(
+        self,
+        epochs: int,
+        steps_per_epoch: int | None = None,
+        learning_rate: float | None = None,
+        batch_norm: bool = True,
+    ) -> Plan:
+        """Return what each epoch of a run will be, and which learning rates it will see.
+
+        Args:
+            epochs: Epochs of the run, as given to `fit`.
+            steps_per_epoch: Batches in an epoch; needed only for the rates within a cycle.
+            learning_rate: Learning rate of the optimizer before training. Without it, rates that
+                depend on it are NaN, and printed as "?".
+            batch_norm: Whether the model has batch normalization layers that train.
+
+        Returns:
+            A `Plan`: `print` shows it as a table, and its methods answer for a single epoch or
+            batch, both counted from 0.
+
+        Raises:
+            ValueError: An argument is out of its range, or no snapshot fits into the run.
+
+        Example:
+            >>> print(SWA(45, "constant", swa_lr=0.01).plan(60, learning_rate=0.1))
+        """
+        return self.arguments.plan(epochs, steps_per_epoch, learning_rate, batch_norm)
 
     def set_model(self, model: Any) -> None:
         self.flavour.check_model(model)
@@ -107,22 +146,33 @@ class SWACallback(_Callback):
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
-        if not self.flavour.trainable_variables(model):
+        if self._beginning.get(model) is self.params:
+            raise ValueError(
+                "`callbacks` must hold one SWA: two in one `fit` would undo each other's work. "
+                "Received: a second one."
+            )
+        self._beginning[model] = self.params
+        variables = self.flavour.trainable_variables(model)
+        if not variables:
             raise ValueError(
                 "`model` must be built and have trainable weights before SWA can average them. "
                 f"Received: the model {model.name!r}, built={model.built}, with none. Call it on a "
                 "batch, or `build` it, before `fit`."
             )
+        check_strategy(model.distribute_strategy, variables)
         self._learning_rate = self.flavour.learning_rate(model)
         self._plan = Plan(
             self.arguments,
             epochs=self.params["epochs"],
             has_bn=bool(self.flavour.live_batch_norm(model)),
             initial_rate=self._learning_rate.read() if self._learning_rate.settable else None,
+            steps=self.params.get("steps"),
         )
-        self._steps: int | None = self.params.get("steps")
-        self._epoch: int | None = None
-        self._bn_pass = self._final_bn = None
+        self._epoch = None
+        self._bn_pass = None
+        self._in_fit = True
+        self._stopped_early = False
+        self._not_finite = 0
         self.n_averaged = 0
         self.inferred_batch_size = None
         if self._plan.has_bn:
@@ -132,78 +182,168 @@ class SWACallback(_Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self._check_in_fit()
+        self._beginning.pop(self.model, None)
         if self._epoch is None:
             self._plan.check_first_epoch(epoch)
             self._prepare()
+        elif not self._bn_pass:
+            self._follow_changes()
         self._epoch = epoch
         if self._plan.is_start(epoch):
             self._say_of_epoch(epoch, "starting stochastic weight averaging")
         if self._plan.is_bn_pass(epoch):
             self._begin_bn_pass(epoch)
         else:
-            self._set_learning_rate(self._plan.learning_rate(epoch, steps=self._steps))
+            self._set_learning_rate(self._plan.learning_rate(epoch))
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._bn_pass and batch == 0:
-            self._bn_pass.hold_learning_rate()
-        elif self._epoch is not None and self._plan.changes_within(self._epoch):
-            self._set_learning_rate(self._plan.learning_rate(self._epoch, batch, self._steps))
+        if self._epoch is not None and self._plan.changes_within(self._epoch):
+            self._set_learning_rate(self._plan.learning_rate(self._epoch, batch))
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        # Whoever looks at the model at the end of the last epoch, wherever in the list, is to find
+        # the final one. (Data of unknown length tells by its end.)
+        if self._bn_pass and self._plan.steps and batch + 1 >= self._plan.steps:
+            self._bn_pass.finish()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        # Validation of the last epoch is of the final model.
-        self._finish_bn_pass()
+        if self._bn_pass:
+            self._bn_pass.finish()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._finish_bn_pass()
+        self._check_in_fit()
+        if self._bn_pass:
+            self._bn_pass.finish()
         if self._plan.is_snapshot(epoch):
-            self._average.update()
-            self.n_averaged = self._average.n_averaged
+            self._take_snapshot(epoch)
         self._learn_from_counts()
-        rate = 0.0 if self._plan.is_bn_pass(epoch) else self._learning_rate.read()
+        rate = self._learning_rate.read()
         if logs is not None and rate is not None:
-            logs.setdefault("learning_rate", rate)
+            logs.setdefault("learning_rate", 0.0 if self._plan.is_bn_pass(epoch) else rate)
+        self._mind_an_early_stop(epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
+        # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores earlier
+        # weights, has just put others there.
         if self.n_averaged:
-            # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores
-            # earlier weights, has just put others there.
-            self._average.copy_to_model()
-            if not self._plan.has_bn:
-                self._say_of_epoch(self._plan.epochs, _FINAL)
-            elif self._final_bn:
-                self._final_bn.deliver_again()
-            else:
-                warnings.warn(
-                    "The batch normalization statistics were not recomputed: training ended before "
-                    f"the end of epoch {self._plan.epochs}, or no data reached the layers in it. "
-                    "The model holds the averaged weights with the statistics of the last trained "
-                    "ones.",
-                    stacklevel=2,
+            self._deliver_average()
+        if not self.n_averaged:
+            self._warn(
+                "The model keeps its trained weights: "
+                + (
+                    "no snapshot was finite."
+                    if self._not_finite
+                    else f"training ended {self._end}, before the end of epoch "
+                    f"{self._plan.first_snapshot}, where SWA would have taken its first snapshot."
                 )
-        else:
-            warnings.warn(
-                "Training ended before SWA took its first snapshot (start_epoch="
-                f"{self.arguments.start_epoch}, swa_freq={self.arguments.swa_freq}). The model "
-                "keeps its trained weights.",
-                stacklevel=2,
             )
+        elif not self._plan.has_bn:
+            self._say_of_epoch(self._plan.epochs, _FINAL)
+        elif self._bn_pass and self._bn_pass.delivered:
+            self._bn_pass.deliver_again()
+        else:
+            why, remedy = (
+                (
+                    "no data reached the layers in the BN pass, or the model was trained in the "
+                    "midst of it",
+                    "let `fit` have data for one more epoch after the last snapshot",
+                )
+                if self._bn_pass
+                else (
+                    f"training ended {self._end}, and the BN pass would have been the epoch after. "
+                    "Either a callback that stands after SWA in the list set `stop_training`, or "
+                    "the data ran out",
+                    "put such a callback before SWA, or let `fit` have data for every epoch",
+                )
+            )
+            self._warn(
+                f"The batch normalization statistics were not recomputed: {why}. The model holds "
+                f"the average of {self.n_averaged} snapshots, and of their moving statistics, "
+                f"which are not those of the averaged weights. For exact ones, {remedy}."
+            )
+        self._in_fit = False
         # The buffers are as large as the weights.
-        self._average = self._final_bn = None
+        self._average = self._bn_average = self._bn_pass = None
+
+    @property
+    def _end(self) -> str:
+        return "before its first epoch" if self._epoch is None else f"with epoch {self._epoch + 1}"
+
+    def _check_in_fit(self) -> None:
+        if not self._in_fit:
+            raise RuntimeError(
+                "This SWA has served another `fit` while this one was running. Give each `fit` "
+                "that runs at the same time an SWA of its own."
+            )
 
     def _prepare(self) -> None:
         model = self.model
-        self._average = WeightAverage(
-            self.flavour.trainable_variables(model), model.distribute_strategy
-        )
-        if not isinstance(model.train_function, CountingTrainFunction):
+        self._prepare_average()
+        counts = model.train_function
+        if not isinstance(counts, CountingTrainFunction):
             # `fit` has just made the one that is replaced, and not traced it yet.
-            model.train_function = CountingTrainFunction(model)
-        self._counts: CountingTrainFunction = model.train_function
+            counts = CountingTrainFunction(model)
+            counts.install()
+        self._counts = counts
         self._counts.reset()
+
+    def _prepare_average(self) -> None:
+        model, strategy = self.model, self.model.distribute_strategy
+        self._average = WeightAverage(self.flavour.trainable_variables(model), strategy)
+        self._bn_average = BatchNormAverage(self.flavour.live_batch_norm(model), strategy)
+
+    def _follow_changes(self) -> None:
+        """Follow what other callbacks have changed since the last epoch, as far as can be."""
+        model = self.model
+        self._learning_rate = self.flavour.learning_rate(model)  # compiled anew?
+        known = self._average.variables
+        new = [v for v in self.flavour.trainable_variables(model) if id(v) not in known]
+        if not new:
+            return
+        if self.n_averaged:
+            raise ValueError(
+                "`trainable` must not change from False to True, and no weights may be added, once "
+                f"SWA has taken a snapshot. Received: the weight {new[0].name!r}, of which the "
+                f"{self.n_averaged} snapshots know nothing. Change it before epoch "
+                f"{self._plan.first_snapshot}, or between two calls of `fit`."
+            )
+        self._prepare_average()
+        self._plan = replace(self._plan, has_bn=bool(self.flavour.live_batch_norm(model)))
+
+    def _take_snapshot(self, epoch: int) -> None:
+        self._average.update()
+        n_averaged = self._average.n_averaged
+        if n_averaged > self.n_averaged:
+            self.n_averaged = n_averaged
+            self._bn_average.update()
+            return
+        self._not_finite += 1
+        cause = (
+            "a batch had fewer rows than there are replicas, and training on no rows makes NaN; "
+            "choose batches that reach every replica"
+            if self.flavour.is_keras_3 and self._counts.empty_shares
+            else "training has diverged; lower the learning rate, or clip the gradients"
+        )
+        self._warn(
+            f"The weights at the end of epoch {epoch + 1} are not finite, and do not enter the "
+            f"average, which has {n_averaged} snapshots. The first such weight is "
+            f"{self.flavour.weight_name(self.model, self._average.first_non_finite())!r}. Likely "
+            f"cause: {cause}."
+        )
+
+    def _mind_an_early_stop(self, epoch: int) -> None:
+        if self._plan.is_bn_pass(epoch):
+            if self._stopped_early:
+                self.model.stop_training = True
+        elif self.model.stop_training and self._plan.has_bn and self.n_averaged:
+            self._plan = self._plan.stopped_after(epoch)
+            self._stopped_early = True
+            self.model.stop_training = False
 
     def _begin_bn_pass(self, epoch: int) -> None:
         model = self.model
-        self._average.copy_to_model()
+        self._deliver_average()
         self._say_of_epoch(epoch, _FINAL)
         self._say_of_epoch(epoch, "reinitializing batch normalization layers")
         self._bn_pass = BatchNormPass(
@@ -211,16 +351,14 @@ class SWACallback(_Callback):
             layers=self.flavour.live_batch_norm(model),
             optimizers=self.flavour.optimizers(model),
             learning_rate=self._learning_rate,
+            set_weights=self._average.copy_to_model,
         )
         self._bn_pass.begin()
         self._say_of_epoch(epoch, "running forward pass to adjust batch normalization")
 
-    def _finish_bn_pass(self) -> None:
-        if self._bn_pass:
-            self._final_bn = self._bn_pass if self._bn_pass.finish() else None
-            self._bn_pass = None
-            # The training step may write weights by other means than an optimizer.
-            self._average.copy_to_model()
+    def _deliver_average(self) -> None:
+        self._average.copy_to_model()
+        self._bn_average.copy_to_model()
 
     def _set_learning_rate(self, rate: float | None) -> None:
         if rate is not None:
@@ -229,15 +367,17 @@ class SWACallback(_Callback):
     def _learn_from_counts(self) -> None:
         knew_nothing = self.inferred_batch_size is None
         self.inferred_batch_size = self._counts.largest_batch or None
-        if self._steps is None:
-            self._steps = self._counts.batches or None
+        if self._plan.steps is None:
+            self._plan = replace(self._plan, steps=self._counts.batches or None)
         given = self.arguments.batch_size
         if knew_nothing and given is not None and self.inferred_batch_size not in (None, given):
-            warnings.warn(
+            self._warn(
                 f"`batch_size`={given} was given to SWA, but training feeds global batches of "
-                f"{self.inferred_batch_size}. SWA goes by what it is fed; leave `batch_size` out.",
-                stacklevel=2,
+                f"{self.inferred_batch_size}. SWA goes by what it is fed; leave `batch_size` out."
             )
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(message, stacklevel=3)
 
     def _say_of_epoch(self, epoch: int, what: str) -> None:
         self._say(f"Epoch {epoch + 1:05d}: {what}")

@@ -16,11 +16,14 @@ class Flavour:
 
     Args:
         module: `keras` or `tf_keras`.
+
+    Attributes:
+        is_keras_3: Whether it is Keras 3.
     """
 
     def __init__(self, module: ModuleType) -> None:
         self._module = module
-        self._is_keras_3 = module.__name__ == "keras"
+        self.is_keras_3 = module.__name__ == "keras"
         optimizers = module.optimizers
         # Where `call` is, is the ancestor of all BN layers: in tf_keras of the synchronized one and
         # of version 1, too.
@@ -29,7 +32,7 @@ class Flavour:
         )
         self._optimizer_types: Any = (optimizers.Optimizer,)
         self._schedule_type: Any = optimizers.schedules.LearningRateSchedule
-        if not self._is_keras_3:
+        if not self.is_keras_3:
             self._optimizer_types += (optimizers.legacy.Optimizer,)
 
     def check_model(self, model: Any) -> None:
@@ -51,7 +54,7 @@ class Flavour:
 
     def variable(self, variable: Any) -> tf.Variable:
         """Return the TensorFlow variable behind a Keras one."""
-        return variable.value if self._is_keras_3 else variable
+        return variable.value if self.is_keras_3 else variable
 
     def trainable_variables(self, model: Any) -> list[tf.Variable]:
         """Return the TensorFlow variables that training changes; none if there are none yet."""
@@ -59,6 +62,11 @@ class Flavour:
             return [self.variable(v) for v in model.trainable_variables]
         except ValueError:  # tf_keras, of a Sequential that was never called
             return []
+
+    def weight_name(self, model: Any, position: int) -> str:
+        """Return the name of one of a model's trainable variables, with its layer's."""
+        variable = model.trainable_variables[position]
+        return getattr(variable, "path", variable.name)
 
     def live_batch_norm(self, model: Any) -> list[BatchNormLayer]:
         """Return the BN layers that training would update, nested and wrapped ones included."""

@@ -4,9 +4,10 @@ The two ways of counting epochs meet here and nowhere else: arguments and messag
 as people do; `epoch` in a method is Keras's, counted from 0.
 """
 
+import itertools
 import math
 import numbers
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_dist import schedules
@@ -77,18 +78,49 @@ class Arguments:
         if not isinstance(self.swa_lr, str) and not isinstance(self.swa_lr2, str):
             _check_order(self.swa_lr, self.swa_lr2)
 
+    def plan(
+        self,
+        epochs: int,
+        steps_per_epoch: int | None = None,
+        learning_rate: float | None = None,
+        batch_norm: bool = True,
+    ) -> "Plan":
+        """Return what a run with these arguments would be. See `SWA.plan`."""
+        for name, value, right, rule in (
+            ("epochs", epochs, _is_integer(epochs, at_least=1), "an integer >= 1"),
+            (
+                "steps_per_epoch",
+                steps_per_epoch,
+                steps_per_epoch is None or _is_integer(steps_per_epoch, at_least=1),
+                "None or an integer >= 1",
+            ),
+            (
+                "learning_rate",
+                learning_rate,
+                learning_rate is None or (_is_real(learning_rate) and learning_rate > 0),
+                "None or a finite number > 0",
+            ),
+            ("batch_norm", batch_norm, isinstance(batch_norm, bool), "True or False"),
+        ):
+            if not right:
+                raise ValueError(f"`{name}` must be {rule}. Received: {name}={value!r}.")
+        initial_rate = math.nan if learning_rate is None else float(learning_rate)
+        return Plan(self, epochs, batch_norm, initial_rate, steps_per_epoch)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision of one run, taken before its first batch.
+    """Every decision of one run, taken before its first batch. `print` shows it as a table.
 
     Args:
         arguments: The callback's arguments.
         epochs: Epoch at which `fit` ends.
         has_bn: Whether the model has live batch normalization layers, for which the last epoch is
             given to recomputing their statistics (the BN pass).
-        initial_rate: Learning rate of the optimizer before training; None if it is not a number
-            that can be set.
+        initial_rate: Learning rate of the optimizer before training; NaN if it is not known yet,
+            as are the rates that depend on it; None if it is not a number that can be set.
+        steps: Batches per epoch. None where nobody knows yet: then every batch of an epoch has the
+            rate with which a known one would begin.
 
     Raises:
         ValueError: No snapshot fits into the run, or the schedule needs a learning rate that can be
@@ -99,6 +131,7 @@ class Plan:
     epochs: int
     has_bn: bool
     initial_rate: float | None
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         self.check_first_epoch(0)
@@ -123,6 +156,11 @@ class Plan:
             return int(start)
         # 0.1 of 30 epochs is 3 of them, although the float is a little more than 0.1.
         return math.ceil(float(start) * self.epochs * (1 - _FLOAT32_STEP)) + 1
+
+    @property
+    def first_snapshot(self) -> int:
+        """Epoch, counted from 1, at whose end the first snapshot is due."""
+        return self.start_epoch + self.swa_freq - 1
 
     @property
     def swa_freq(self) -> int:
@@ -156,7 +194,6 @@ class Plan:
         """
         if any(self.is_snapshot(e) for e in range(epoch, self.epochs)):
             return
-        first_possible = self.start_epoch + self.swa_freq - 1
         last_possible = self.epochs - self.has_bn
         begins = f" from epoch {epoch + 1}" if epoch else ""
         last = (
@@ -168,8 +205,8 @@ class Plan:
         raise ValueError(
             "`start_epoch` and `swa_freq` must leave room for at least one snapshot. Received: "
             f"start_epoch={self.arguments.start_epoch}, swa_freq={self.arguments.swa_freq}: the "
-            f"first snapshot is at the end of epoch {first_possible}, but `fit` trains{begins} to "
-            f"epoch {self.epochs}{last}, so that epoch {last_possible} is the last that could be "
+            f"first snapshot is at the end of epoch {self.first_snapshot}, but `fit` "
+            f"trains{begins} to epoch {self.epochs}{last}, so that epoch {last_possible} is the last that could be "
             "averaged. Begin earlier or train for more epochs."
         )
 
@@ -194,14 +231,12 @@ class Plan:
             and not self.is_bn_pass(epoch)
         )
 
-    def learning_rate(self, epoch: int, batch: int = 0, steps: int | None = None) -> float | None:
+    def learning_rate(self, epoch: int, batch: int = 0) -> float | None:
         """Return the learning rate of one batch.
 
         Args:
             epoch: Epoch, counted from 0.
             batch: Batch in the epoch, counted from 0.
-            steps: Batches per epoch. None where nobody knows yet: then every batch of the epoch
-                has the rate with which a known one would begin.
 
         Returns:
             The rate; None where the plan leaves it alone.
@@ -213,13 +248,65 @@ class Plan:
         if not self.changes_within(epoch):
             assert self.initial_rate is not None
             return schedules.annealed(epoch + 1, self.start_epoch, self.initial_rate, self.swa_lr)
-        freq = self.swa_freq
-        epochs_behind = (epoch + 1 - self.start_epoch) % freq
-        if steps is None:
-            return schedules.cyclic(epochs_behind, freq, self.swa_lr, self.swa_lr2)
+        epochs_behind = (epoch + 1 - self.start_epoch) % self.swa_freq
+        if self.steps is None:
+            return schedules.cyclic(epochs_behind, self.swa_freq, self.swa_lr, self.swa_lr2)
         # A batch beyond `steps` must not reach into the next epoch's share of the cycle.
-        batch_in_cycle = epochs_behind * steps + min(batch + 1, steps)
-        return schedules.cyclic(batch_in_cycle, freq * steps, self.swa_lr, self.swa_lr2)
+        batch_in_cycle = epochs_behind * self.steps + min(batch + 1, self.steps)
+        cycle = self.swa_freq * self.steps
+        return schedules.cyclic(batch_in_cycle, cycle, self.swa_lr, self.swa_lr2)
+
+    def stopped_after(self, epoch: int) -> "Plan":
+        """Return the plan of a run that is to end early, with the epoch after this one."""
+        # A fraction stays one of the epochs that were to be.
+        arguments = replace(self.arguments, start_epoch=self.start_epoch)
+        return replace(self, arguments=arguments, epochs=epoch + 2)
+
+    def __str__(self) -> str:
+        """Return a table of the phases of the run, and its snapshots."""
+        table = [("epochs", "what happens", "learning rate")]
+        for (what, rate), phase in itertools.groupby(range(self.epochs), self._phase):
+            first, *_, last = [*phase] * 2
+            if rate == _FALLING:
+                rate = " to ".join(_number(self.learning_rate(e)) for e in (first, last))
+            table.append((_span(first + 1, last + 1), what, rate))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+        snapshots = [e + 1 for e in range(self.epochs) if self.is_snapshot(e)]
+        listed = [str(e) for e in snapshots]
+        if len(listed) > 4:
+            listed[2:-1] = ["..."]
+        lines.append(f"snapshots ({len(snapshots)}): at the end of epoch {', '.join(listed)}")
+        if any(_number(math.nan) in rate for _, _, rate in table):
+            lines.append("?: depends on the optimizer's rate; give it as `learning_rate`")
+        return "\n".join(lines)
+
+    def _phase(self, epoch: int) -> tuple[str, str]:
+        if self.is_bn_pass(epoch):
+            return "BN pass of the average", "0"
+        what = "training and averaging" if epoch + 1 >= self.start_epoch else "training"
+        rate = self.learning_rate(epoch)
+        if rate is None:
+            return what, "yours"
+        if self.changes_within(epoch):
+            cycle = f"{_number(self.swa_lr2)} to {_number(self.swa_lr)}"
+            batches = f" of {self.steps} batches" if self.steps else ""
+            return what, f"{cycle} in {self.swa_freq} epochs{batches}"
+        share = schedules.annealed(epoch + 1, self.start_epoch, initial_rate=1.0, swa_lr=0.0)
+        return what, _FALLING if 0 < share < 1 else _number(rate)
+
+
+_FALLING = "falling"
+
+
+def _number(rate: float | None) -> str:
+    assert rate is not None
+    return "?" if math.isnan(rate) else f"{rate:.4g}"
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
 
 
 def _is_integer(value: Any, at_least: int) -> bool:

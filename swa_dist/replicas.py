@@ -1,8 +1,31 @@
 """Variables and functions of which every replica has its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import tensorflow as tf
+
+
+def check_strategy(strategy: tf.distribute.Strategy, variables: Iterable[tf.Variable]) -> None:
+    """Refuse a strategy whose replicas cannot average these variables, each its own copy.
+
+    Raises:
+        ValueError: The replicas do not step together, or the variables are not the strategy's.
+    """
+    if isinstance(strategy, tf.distribute.ParameterServerStrategy):
+        raise ValueError(
+            "SWA needs a strategy whose replicas step together. Received: "
+            f"{type(strategy).__name__}, whose workers train each at its own pace, so that there "
+            "is no moment at which all hold the weights of one snapshot. Use MirroredStrategy, "
+            "MultiWorkerMirroredStrategy or TPUStrategy."
+        )
+    for variable in variables:
+        if not strategy.extended.variable_created_in_scope(variable):
+            raise ValueError(
+                "`model` must be created within the scope of the strategy that trains it. "
+                f"Received: the weight {variable.name!r}, which was created outside the scope of "
+                f"{type(strategy).__name__}. Build and compile the model under `with "
+                "strategy.scope():`."
+            )
 
 
 def local_variable(initial_value: tf.Tensor) -> tf.Variable:

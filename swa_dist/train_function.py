@@ -6,6 +6,9 @@ from typing import Any
 
 Shadow = tuple[Any, str, Any]
 
+# The second is tf_keras's, which shows it to TensorBoard.
+_NAMES = ("train_function", "train_tf_function")
+
 
 class TrainFunction:
     """A train function of `model` that runs while some attributes are shadowed.
@@ -22,20 +25,43 @@ class TrainFunction:
     """
 
     def __init__(self, model: Any, shadows: Sequence[Shadow]) -> None:
+        self._model = model
         self._shadows = list(shadows)
-        with contextlib.ExitStack() as stack:
-            for name in ("train_function", "train_tf_function"):
-                if name in vars(model):
-                    stack.callback(vars(model).__setitem__, name, vars(model)[name])
-            stack.enter_context(shadowed(self._shadows))
-            # Not force=True: a user's own make_train_function need not have it.
-            vars(model)["train_function"] = None
-            self._function: Callable = model.make_train_function() or model.train_function
+        before = _train_functions(model)
+        try:
+            with shadowed(self._shadows):
+                # Not force=True: a user's own make_train_function need not have it.
+                vars(model)["train_function"] = None
+                self._function: Callable = model.make_train_function() or model.train_function
+            self._installed = {**_train_functions(model), "train_function": self}
+        finally:
+            vars(model).update(before)
+        self._replaced: dict[str, Any] = {}
 
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step on the iterator's next batches."""
         with shadowed(self._shadows):
             return self._function(iterator)
+
+    def __getattr__(self, name: str) -> Any:
+        # What other callbacks ask a train function for, such as the graph that TensorBoard draws.
+        if name == "_function":  # not there yet
+            raise AttributeError(name)
+        return getattr(self._function, name)
+
+    def install(self) -> None:
+        """Become what the model trains with."""
+        self._replaced = _train_functions(self._model)
+        vars(self._model).update(self._installed)
+
+    def uninstall(self) -> None:
+        """Give the model back what it trained with, unless it has got another one since."""
+        if self._model.train_function is self:
+            vars(self._model).update(self._replaced)
+
+
+def _train_functions(model: Any) -> dict[str, Any]:
+    return {name: vars(model)[name] for name in _NAMES if name in vars(model)}
 
 
 @contextlib.contextmanager

@@ -38,19 +38,42 @@ class WeightAverage:
         self._copy = ReplicaFunction(self._copy_replica, strategy)
 
     @property
+    def variables(self) -> dict[int, tf.Variable]:
+        """The variables, by `id`: they compare by value."""
+        return {id(v): v for v in self._variables}
+
+    @property
     def n_averaged(self) -> int:
         """Number of updates in the average."""
         return read(self._count, self._strategy)
 
     def update(self) -> None:
-        """Take the variables' present values into the average."""
+        """Take the variables' present values into the average, if all of them are finite.
+
+        Values are taken for finite where their sum is: one look at memory, and no temporary.
+        """
         self._update()
+
+    def first_non_finite(self) -> int | None:
+        """Return the position of the first variable that `update` does not take for finite."""
+        sums = (_sum(v) for v in self._variables)
+        return next((i for i, s in enumerate(sums) if not tf.math.is_finite(s)), None)
 
     def copy_to_model(self) -> None:
         """Assign the average to the variables, on every replica. The average stays as it is."""
         self._copy()
 
     def _update_replica(self) -> None:
+        # A mean with one value that is not finite is lost, so all are looked at before any is
+        # added. The replicas hold the same values: each decides alone, and alike.
+        finite: list[tf.Tensor] = []
+        for variable in self._variables:
+            # One converted copy in memory at a time.
+            with tf.control_dependencies(finite[-1:] if variable.dtype.size < 4 else []):
+                finite.append(tf.math.is_finite(_sum(variable)))
+        tf.cond(tf.reduce_all(finite), self._add_replica, lambda: None)
+
+    def _add_replica(self) -> None:
         self._count.assign_add(1)
         done: list[tf.Operation] = []
         for total, variable in zip(self._sums, self._variables, strict=True):
@@ -67,6 +90,10 @@ class WeightAverage:
                 mean = total / tf.cast(self._count, total.dtype)
                 assigned = variable.assign(tf.cast(mean, variable.dtype), read_value=False)
             done = [assigned]  # one quotient in memory at a time
+
+
+def _sum(variable: tf.Variable) -> tf.Tensor:
+    return tf.reduce_sum(tf.cast(variable, _sum_dtype(variable.dtype)))
 
 
 def _sum_dtype(dtype: tf.DType) -> tf.DType:

@@ -21,7 +21,7 @@ PACKAGE = Path(swa_dist.__file__).parent
 # A module imports from lower floors only.
 FLOORS = [
     ["plan", "schedules"],
-    ["_tensorflow", "replicas"],
+    ["_tensorflow", "moments", "replicas"],
     ["weight_average", "batch_norm", "train_function"],
     ["batch_size", "bn_pass", "flavour"],
     ["callback"],

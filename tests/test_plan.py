@@ -17,8 +17,8 @@ from swa_dist.plan import Arguments, Plan
 INITIAL_RATE = 0.5
 
 
-def plan(start_epoch, epochs, has_bn=False, initial_rate=INITIAL_RATE, **arguments):
-    return Plan(Arguments(start_epoch, **arguments), epochs, has_bn, initial_rate)
+def plan(start_epoch, epochs, has_bn=False, initial_rate=INITIAL_RATE, steps=None, **arguments):
+    return Plan(Arguments(start_epoch, **arguments), epochs, has_bn, initial_rate, steps)
 
 
 def snapshots(start_epoch, swa_freq, epochs, has_bn):
@@ -138,16 +138,16 @@ def test_a_run_that_begins_after_its_last_snapshot_is_refused():
 
 def test_manual_leaves_the_rate_alone_but_for_the_bn_pass():
     for initial_rate in (INITIAL_RATE, None):
-        p = plan(2, 4, has_bn=True, initial_rate=initial_rate)
-        assert [p.learning_rate(e, 1, 3) for e in range(4)] == [None, None, None, 0.0]
+        p = plan(2, 4, has_bn=True, initial_rate=initial_rate, steps=3)
+        assert [p.learning_rate(e, 1) for e in range(4)] == [None, None, None, 0.0]
         assert not any(p.changes_within(e) for e in range(4))
 
 
 def test_constant_goes_down_to_the_rate_of_averaging_and_stays():
-    p = plan(6, 9, has_bn=True, lr_schedule="constant", swa_lr=0.1)
     expected = [0.5] * 3 + [0.4, 0.2] + [0.1] * 3 + [0.0]  # t = 0, .2, .4 | .6, .8 |
     for batch, steps in ((0, None), (0, 3), (2, 3)):
-        rates = [p.learning_rate(e, batch, steps) for e in range(9)]
+        p = plan(6, 9, has_bn=True, lr_schedule="constant", swa_lr=0.1, steps=steps)
+        rates = [p.learning_rate(e, batch) for e in range(9)]
         assert rates == pytest.approx(expected, rel=1e-12)
     assert not any(p.changes_within(e) for e in range(9))
 
@@ -158,9 +158,10 @@ def cycle(length, swa_lr, swa_lr2):
 
 
 def test_cyclic_falls_batch_by_batch_and_ends_a_cycle_with_its_snapshot():
-    p = plan(3, 8, has_bn=True, lr_schedule="cyclic", swa_lr=0.1, swa_lr2=0.4, swa_freq=2)
     steps = 3
-    rates = [[p.learning_rate(e, b, steps) for b in range(steps)] for e in range(8)]
+    cycles = {"swa_lr": 0.1, "swa_lr2": 0.4, "swa_freq": 2}
+    p = plan(3, 8, has_bn=True, lr_schedule="cyclic", steps=steps, **cycles)
+    rates = [[p.learning_rate(e, b) for b in range(steps)] for e in range(8)]
     assert rates[:2] == [[0.5] * 3] * 2  # t = 0, .5 on the way to epoch 3
     assert rates[-1] == [0.0] * 3
     averaging = list(itertools.chain(*rates[2:-1]))
@@ -174,25 +175,26 @@ def test_cyclic_without_known_steps_has_one_rate_an_epoch_that_begins_at_the_top
     p = plan(1, 4, lr_schedule="cyclic", swa_lr=0.1, swa_lr2=0.4, swa_freq=3)
     expected = [0.4, 0.3, 0.2, 0.4]
     for batch in (0, 1, 50):
-        rates = [p.learning_rate(e, batch, None) for e in range(4)]
+        rates = [p.learning_rate(e, batch) for e in range(4)]
         assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def test_batches_beyond_the_steps_do_not_reach_into_the_next_epochs_share():
-    p = plan(1, 4, lr_schedule="cyclic", swa_lr=0.1, swa_lr2=0.4, swa_freq=2)
+    p = plan(1, 4, lr_schedule="cyclic", swa_lr=0.1, swa_lr2=0.4, swa_freq=2, steps=3)
     for epoch in range(4):
-        last = p.learning_rate(epoch, 2, 3)
-        assert [p.learning_rate(epoch, b, 3) for b in (3, 4, 99)] == [last] * 3
-    assert p.learning_rate(1, 99, 3) == 0.1
-    assert p.learning_rate(0, 99, 3) == pytest.approx(0.25)
+        last = p.learning_rate(epoch, 2)
+        assert [p.learning_rate(epoch, b) for b in (3, 4, 99)] == [last] * 3
+    assert p.learning_rate(1, 99) == 0.1
+    assert p.learning_rate(0, 99) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("integer", [np.int8, np.uint8, np.int16, np.int32, np.int64])
 def test_a_numpy_swa_freq_counts_as_an_integer_of_any_size(integer):
     steps = 10_000
-    p = plan(1, 400, lr_schedule="cyclic", swa_lr=0.1, swa_lr2=0.4, swa_freq=integer(5))
-    assert p.learning_rate(398, steps - 1, steps) == pytest.approx(0.1 + 0.3 / 5, rel=1e-12)
-    assert p.learning_rate(399, steps - 1, steps) == 0.1
+    cycles = {"swa_lr": 0.1, "swa_lr2": 0.4, "swa_freq": integer(5)}
+    p = plan(1, 400, lr_schedule="cyclic", steps=steps, **cycles)
+    assert p.learning_rate(398, steps - 1) == pytest.approx(0.1 + 0.3 / 5, rel=1e-12)
+    assert p.learning_rate(399, steps - 1) == 0.1
     assert [e + 1 for e in range(400) if p.is_snapshot(e)] == list(range(5, 401, 5))
 
 
