@@ -206,8 +206,8 @@ class Plan:
             "`start_epoch` and `swa_freq` must leave room for at least one snapshot. Received: "
             f"start_epoch={self.arguments.start_epoch}, swa_freq={self.arguments.swa_freq}: the "
             f"first snapshot is at the end of epoch {self.first_snapshot}, but `fit` "
-            f"trains{begins} to epoch {self.epochs}{last}, so that epoch {last_possible} is the last that could be "
-            "averaged. Begin earlier or train for more epochs."
+            f"trains{begins} to epoch {self.epochs}{last}, so that epoch {last_possible} is the "
+            "last that could be averaged. Begin earlier or train for more epochs."
         )
 
     def is_start(self, epoch: int) -> bool:

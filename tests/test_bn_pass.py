@@ -568,7 +568,7 @@ def test_what_counts_in_a_subclass_is_what_it_hands_to_its_ancestor(kit):
     inputs = kit.keras.layers.Input((3,))
     joined = kit.keras.layers.Add()([layer(inputs) for layer in layers])
     model = kit.keras.Model(inputs, kit.keras.layers.Dense(1)(joined))
-    model.compile(kit.keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
+    model.compile(kit.keras.optimizers.SGD(1e-6), "mse", jit_compile=False)
     keywords, always, doubles, never = layers
     never.moving_mean.assign([7.0, 8.0, 9.0])
     fit(kit, model)
