@@ -209,24 +209,27 @@ class BatchNormAverage:
         self._copy()
 
     def _update_replica(self) -> None:
-        rows = [layer.statistics() for layer in self._layers]
-        finite = [tf.reduce_all(tf.math.is_finite(row)) for row in rows]
-        votes = [tf.cast(f, row.dtype) for f, row in zip(finite, rows, strict=True)]
+        own = [layer.statistics() for layer in self._layers]
+        finite = [tf.reduce_all(tf.math.is_finite(mean_variance)) for mean_variance in own]
+        votes = [tf.cast(f, s.dtype) for f, s in zip(finite, own, strict=True)]
         voters = _add_up(votes)
         shares = [tf.math.divide_no_nan(v, n) for v, n in zip(votes, voters, strict=True)]
-        rows = [tf.where(f, row, tf.zeros_like(row)) for f, row in zip(finite, rows, strict=True)]
-        pooled, deviations = _mean_over_replicas([(r, tf.zeros_like(r)) for r in rows], shares)
-        between = _add_up(
-            [share * tf.square(d[0]) for share, d in zip(shares, deviations, strict=True)]
-        )
-        for count, average, n, values, variance in zip(
-            self._counts, self._averages, voters, pooled, between, strict=True
+        own = [tf.where(f, s, tf.zeros_like(s)) for f, s in zip(finite, own, strict=True)]
+
+        def mean_of(values: list[tf.Tensor]) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+            return _mean_over_replicas([(v, tf.zeros_like(v)) for v in values], shares)
+
+        means, deviations = mean_of([s[0] for s in own])
+        # One addition after the last reduction: of more, TensorFlow's graph optimizer may change
+        # the order, and that on one replica only.
+        variances, _ = mean_of([s[1] + tf.square(d) for s, d in zip(own, deviations, strict=True)])
+        for count, average, n, mean, variance in zip(
+            self._counts, self._averages, voters, means, variances, strict=True
         ):
-            taken = n > 0
-            count.assign_add(tf.cast(taken, tf.int64))
-            values += tf.stack([tf.zeros_like(variance), variance])
-            step = (values - average) / tf.cast(tf.maximum(count, 1), values.dtype)
-            average.assign_add(tf.where(taken, step, tf.zeros_like(step)))
+            count.assign_add(tf.cast(n > 0, tf.int64))
+            step = tf.stack([mean, variance]) - average
+            step /= tf.cast(tf.maximum(count, 1), step.dtype)
+            average.assign_add(tf.where(n > 0, step, tf.zeros_like(step)))
 
     def _copy_replica(self) -> None:
         for layer, count, average in zip(self._layers, self._counts, self._averages, strict=True):

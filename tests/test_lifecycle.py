@@ -1,0 +1,371 @@
+"""However a run ends, what it has earned is delivered, and nothing else is left changed."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.kits import rows
+from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
+
+NO_STRATEGY = tf.distribute.get_strategy()
+RATE = 0.05
+
+ran_out = pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3's own
+
+
+def data(n=24, seed=0):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
+    return x, rng.normal(size=(n, 1)).astype("float32")
+
+
+def build(kit, strategy=NO_STRATEGY, norm=True):
+    layers = kit.keras.layers
+    with strategy.scope():
+        norms = [layers.BatchNormalization()] * norm
+        model = kit.keras.Sequential(
+            [layers.Input((3,)), *norms, layers.Dense(4, activation="tanh"), layers.Dense(1)]
+        )
+        optimizer = kit.keras.optimizers.SGD(RATE, momentum=0.9)
+        model.compile(optimizer, "mse", jit_compile=False)
+    return model
+
+
+def fit(kit, model, before=(), after=(), start_epoch=2, epochs=9, fed=None, **arguments):
+    recorder, swa = kit.Recorder(), kit.SWA(start_epoch)
+    if fed is None:
+        arguments = {"batch_size": 8, **arguments}
+    x, y = (fed, None) if isinstance(fed, tf.data.Dataset) else fed or data()
+    history = model.fit(
+        x, y, epochs=epochs, verbose=0, shuffle=False,
+        callbacks=[*before, recorder, swa, *after], **arguments,
+    )  # fmt: skip
+    return recorder, swa, history.history
+
+
+def at(kit, epoch, action, hook="on_epoch_end"):
+    """A callback that acts on the model in one hook of one epoch, counted from 1."""
+
+    class At(kit.keras.callbacks.Callback):
+        def on_epoch_begin(self, number, logs=None):
+            self.epoch = number + 1
+            if hook == "on_epoch_begin":
+                self.act()
+
+        def act(self, *args, **kwargs):
+            if self.epoch == epoch:
+                action(self.model)
+
+    if hook != "on_epoch_begin":
+        setattr(At, hook, At.act)
+    return At()
+
+
+def stop(model):
+    model.stop_training = True
+
+
+def norm_of(model):
+    return next(layer for layer in model.layers if hasattr(layer, "moving_mean"))
+
+
+def assert_exact(kit, model, recorder, snapshots, seen=None):
+    assert_weights(kit.trainable(model), recorder.mean(*snapshots))
+    seen = rows(data()[0]) if seen is None else seen
+    mean, variance = kit.statistics(norm_of(model))
+    assert_mean(mean, seen.mean(0), seen.std(0))
+    assert_variance(variance, seen.var(0))
+    assert_undisturbed(kit, model)
+
+
+def assert_undisturbed(kit, model):
+    kit.assert_replicas_agree(model)
+    assert kit.rate(model) == pytest.approx(RATE)
+    assert "make_train_function" not in vars(model)
+    state = kit.optimizer_state(model.optimizer)
+    model.fit(*data(), batch_size=8, verbose=0)
+    moved = zip(state, kit.optimizer_state(model.optimizer), strict=True)
+    assert any((a != b).any() for a, b in moved)
+
+
+class Statistics:
+    """The definition of the statistics that an average without a BN pass has: of each snapshot
+    those of the replicas, pooled with equal weight; of the snapshots their mean."""
+
+    def __init__(self, kit, *epochs):
+        self.snapshots = []
+
+        class Keep(kit.keras.callbacks.Callback):
+            def on_epoch_end(_, epoch, logs=None):  # noqa: N805
+                if epoch + 1 in epochs:
+                    norm = norm_of(_.model)
+                    means = np.array(kit.replicas(norm.moving_mean), np.float64)
+                    variances = np.array(kit.replicas(norm.moving_variance), np.float64)
+                    self.snapshots.append((means.mean(0), variances.mean(0) + means.var(0)))
+
+        self.callback = Keep()
+
+    def assert_averaged(self, kit, model):
+        mean, variance = (np.mean(s, 0) for s in zip(*self.snapshots, strict=True))
+        actual_mean, actual_variance = kit.statistics(norm_of(model))
+        assert_mean(actual_mean, mean, 0)
+        assert_variance(actual_variance, variance)
+
+
+@pytest.mark.parametrize("stopped", [4, 8])
+def test_early_stopping_is_followed_by_one_epoch_of_bn_pass(kit, strategy, stopped):
+    model = build(kit, strategy)
+    recorder, swa, history = fit(kit, model, before=[at(kit, stopped, stop)])
+    assert len(history["loss"]) == stopped + 1
+    assert history["learning_rate"][-1] == 0.0
+    assert model.stop_training
+    assert swa.n_averaged == stopped - 1
+    assert int(kit.array(model.optimizer.iterations)) == 3 * stopped
+    assert_exact(kit, model, recorder, range(2, stopped + 1))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_test_end"])
+def test_whatever_stops_training_is_seen_in_time(kit, two_replicas, hook):
+    model = build(kit, two_replicas)
+    recorder, _, history = fit(kit, model, after=[at(kit, 4, stop, hook)], validation_data=data())
+    assert len(history["loss"]) == 5
+    assert_exact(kit, model, recorder, range(2, 5))
+
+
+def test_keras_early_stopping_stops_and_its_best_weights_give_way(kit, two_replicas):
+    # A loss that does not improve by 1000 stops after `patience` epochs: at the end of epoch 4.
+    stopping = kit.keras.callbacks.EarlyStopping(
+        "loss", patience=3, min_delta=1e3, restore_best_weights=True
+    )
+    model = build(kit, two_replicas)
+    recorder, _, history = fit(kit, model, before=[stopping])
+    assert len(history["loss"]) == 5
+    assert_exact(kit, model, recorder, range(2, 5))
+
+
+def test_best_weights_restored_after_swa_win(kit, two_replicas):
+    stopping = kit.keras.callbacks.EarlyStopping(
+        "loss", patience=3, min_delta=1e3, restore_best_weights=True
+    )
+    model = build(kit, two_replicas)
+    with pytest.warns(UserWarning, match="put such a callback before SWA"):
+        recorder, *_ = fit(kit, model, after=[stopping])
+    assert_bitwise(kit.trainable(model), recorder.weights[0])
+
+
+def test_fractions_of_the_epochs_are_those_of_the_run_that_was_planned(kit):
+    model = build(kit)
+    recorder, swa, _ = fit(kit, model, before=[at(kit, 6, stop)], start_epoch=0.5, epochs=10)
+    assert swa.n_averaged == 1
+    assert_exact(kit, model, recorder, [6])
+
+
+def test_without_bn_early_stopping_needs_no_further_epoch(kit, two_replicas):
+    model = build(kit, two_replicas, norm=False)
+    recorder, _, history = fit(kit, model, before=[at(kit, 4, stop)])
+    assert len(history["loss"]) == 4
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
+    assert_undisturbed(kit, model)
+
+
+def test_stopped_behind_its_back_swa_delivers_averaged_statistics(kit, strategy):
+    model = build(kit, strategy)
+    kept = Statistics(kit, 2, 3, 4)
+    # 20 rows: the shares of the last batch differ from replica to replica.
+    with pytest.warns(UserWarning, match="were not recomputed") as warned:
+        recorder, _, history = fit(
+            kit, model, before=[kept.callback], after=[at(kit, 4, stop)], fed=data(20), batch_size=8
+        )
+    assert len(history["loss"]) == 4
+    message = str(warned.pop(UserWarning).message)
+    for words in (
+        "training ended with epoch 4", "stands after SWA", "3 snapshots",
+        "put such a callback before SWA",
+    ):  # fmt: skip
+        assert words in message
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
+    kept.assert_averaged(kit, model)
+    assert_undisturbed(kit, model)
+
+
+def test_statistics_that_are_not_finite_on_a_replica_do_not_enter_the_average(kit, two_replicas):
+    def spoil(model):
+        variable = kit.tensor(norm_of(model).moving_mean)
+        variable.values[0].assign([np.nan, 1, 1])
+
+    def keep(model):
+        kept.append([kit.replicas(v)[1] for v in norm_of(model).non_trainable_variables])
+
+    kept = []
+    model = build(kit, two_replicas)
+    with pytest.warns(UserWarning, match="were not recomputed"):
+        fit(kit, model, before=[at(kit, 2, keep), at(kit, 2, spoil)], after=[at(kit, 2, stop)])
+    assert_bitwise(kit.statistics(norm_of(model)), kept[0])
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+def test_stopped_before_the_first_snapshot_the_weights_stay_as_trained(kit, two_replicas, side):
+    model = build(kit, two_replicas)
+    with pytest.warns(UserWarning, match="ended with epoch 3, before the end of epoch 6"):
+        recorder, swa, history = fit(kit, model, start_epoch=6, **{side: [at(kit, 3, stop)]})
+    assert len(history["loss"]) == 3
+    assert swa.n_averaged == 0
+    assert_bitwise(kit.trainable(model), recorder.weights[2])
+
+
+def test_stopped_within_the_pass_the_statistics_are_of_the_rows_it_saw(kit, two_replicas):
+    model = build(kit, two_replicas)
+    recorder, *_ = fit(kit, model, after=[at(kit, 5, stop, "on_train_batch_end")], epochs=5)
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][:8]))
+
+
+def poison(model):
+    weight = model.trainable_variables[-1]
+    weight.assign(np.full(weight.shape, np.nan))
+
+
+def test_what_is_not_finite_is_not_averaged_and_terminate_on_nan_ends_finite(kit, two_replicas):
+    model = build(kit, two_replicas)
+    terminate = kit.keras.callbacks.TerminateOnNaN()
+    with pytest.warns(UserWarning, match="are not finite") as warned:
+        recorder, swa, history = fit(
+            kit, model, before=[terminate, at(kit, 4, poison, "on_train_batch_begin")]
+        )
+    assert len(history["loss"]) == 5
+    assert swa.n_averaged == 2
+    assert np.isnan(recorder.weights[3][-1]).all()
+    message = str(warned.pop(UserWarning).message)
+    name = getattr(model.trainable_variables[0], "path", model.trainable_variables[0].name)
+    for words in ("end of epoch 4", "has 2 snapshots", repr(name), "lower the learning rate"):
+        assert words in message
+    assert_exact(kit, model, recorder, [2, 3])
+
+
+def test_a_run_may_recover_from_what_is_not_finite(kit, two_replicas):
+    model = build(kit, two_replicas)
+    healthy = []
+
+    def heal(model):
+        model.trainable_variables[-1].assign(healthy[-1])
+
+    keep = at(kit, 4, lambda m: healthy.append(kit.array(m.trainable_variables[-1])))
+    with pytest.warns(UserWarning, match=r"end of epoch 4 are not finite.*dense_\d+/bias"):
+        recorder, swa, _ = fit(
+            kit, model, before=[keep, at(kit, 4, poison)], after=[at(kit, 4, heal)], epochs=7
+        )
+    assert swa.n_averaged == 4
+    assert_exact(kit, model, recorder, [2, 3, 5, 6])
+
+
+def test_when_no_snapshot_is_finite_a_warning_says_so(kit):
+    model = build(kit)
+    with pytest.warns(UserWarning, match="no snapshot was finite|are not finite") as warned:
+        fit(kit, model, before=[at(kit, 1, poison)], epochs=4)
+    assert len(warned) == 3
+    assert "no snapshot was finite" in str(warned[-1].message)
+    assert kit.rate(model) == pytest.approx(RATE)
+
+
+@ran_out
+def test_a_replica_without_rows_is_named_as_the_cause_where_it_is(kit, two_replicas):
+    model = build(kit, two_replicas)
+    if kit.name == "tf_keras":  # which trains on
+        fit(kit, model, fed=data(9), batch_size=8, epochs=3)
+        return
+    with pytest.warns(UserWarning, match=r"fewer rows than there are replicas|no snapshot") as all_:
+        fit(kit, model, fed=data(9), batch_size=8, epochs=3)
+    assert len(all_) == 2
+
+
+def batches_of(epochs):
+    """A dataset whose iterators give these numbers of batches of 8, one iterator after another."""
+    x, y = data()
+    left = iter(epochs)
+
+    def generate():
+        for i in range(next(left, 0)):
+            yield x[8 * i : 8 * i + 8].copy(), y[8 * i : 8 * i + 8].copy()
+
+    signature = (tf.TensorSpec((None, 3)), tf.TensorSpec((None, 1)))
+    return tf.data.Dataset.from_generator(generate, output_signature=signature)
+
+
+@ran_out
+def test_a_pass_over_less_data_has_the_statistics_of_that(kit):
+    model = build(kit)
+    recorder, *_ = fit(kit, model, epochs=5, fed=batches_of([3, 3, 3, 3, 2]))
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][:16]))
+
+
+@ran_out
+def test_a_pass_without_data_leaves_the_average_and_says_so(kit):
+    model = build(kit)
+    kept = Statistics(kit, 2, 3, 4)
+    fed = batches_of([3, 3, 3, 3, 0])
+    with pytest.warns(UserWarning, match="no data reached the layers in the BN pass"):
+        recorder, *_ = fit(kit, model, before=[kept.callback], epochs=5, fed=fed)
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
+    kept.assert_averaged(kit, model)
+    assert_undisturbed(kit, model)
+
+
+@ran_out
+def test_data_that_runs_out_before_the_pass(kit, two_replicas):
+    fed = tf.data.Dataset.from_tensor_slices(data()).batch(8).repeat(4)
+    model = build(kit, two_replicas)
+    if kit.name == "keras3":  # which begins the data anew
+        recorder, *_ = fit(kit, model, fed=fed, steps_per_epoch=3, epochs=6)
+        assert_exact(kit, model, recorder, range(2, 6))
+        return
+    kept = Statistics(kit, 2, 3, 4)
+    with pytest.warns(UserWarning, match="the data ran out.* let `fit` have data for every epoch"):
+        recorder, *_ = fit(kit, model, before=[kept.callback], fed=fed, steps_per_epoch=3, epochs=6)
+    # tf_keras learns in epoch 5 that there is no more: at its end the weights are as before.
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4, 5))
+    assert_undisturbed(kit, model)
+
+
+def test_initial_epoch(kit, two_replicas):
+    model = build(kit, two_replicas)
+    recorder, swa, history = fit(kit, model, start_epoch=5, epochs=8, initial_epoch=3)
+    assert len(history["loss"]) == 5
+    assert swa.n_averaged == 3
+    assert_exact(kit, model, recorder, [2, 3, 4])  # the recorder's count: epochs 5, 6, 7
+
+
+def test_one_epoch(kit, two_replicas):
+    model = build(kit, two_replicas, norm=False)
+    recorder, swa, _ = fit(kit, model, start_epoch=1, epochs=1)
+    assert swa.n_averaged == 1
+    assert_bitwise(kit.trainable(model), recorder.weights[0])
+    model = build(kit, two_replicas)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match="at least one snapshot"):
+        fit(kit, model, start_epoch=1, epochs=1)
+    assert_bitwise(model.get_weights(), before)
+
+
+def test_one_callback_in_a_k_fold_loop(kit, two_replicas):
+    swa = kit.SWA(2)
+    template = build(kit, two_replicas)
+    for fold in range(3):
+        with two_replicas.scope():
+            model = kit.keras.models.clone_model(template)
+            model.compile(kit.keras.optimizers.SGD(RATE, momentum=0.9), "mse", jit_compile=False)
+        x, y = data(seed=fold)
+        recorder = kit.Recorder()
+        model.fit(x, y, batch_size=8, epochs=4, verbose=0, callbacks=[recorder, swa])
+        assert_weights(kit.trainable(model), recorder.mean(2, 3))
+        mean, variance = kit.statistics(norm_of(model))
+        assert_mean(mean, rows(x).mean(0), rows(x).std(0))
+        assert_variance(variance, rows(x).var(0))
+
+
+def test_two_models_in_turn_and_fit_after_fit(kit, two_replicas):
+    swa = kit.SWA(2)
+    models = [build(kit, two_replicas), build(kit, NO_STRATEGY)]
+    for model in [*models, *models]:
+        recorder = kit.Recorder()
+        model.fit(*data(), batch_size=8, epochs=4, verbose=0, callbacks=[recorder, swa])
+        assert_weights(kit.trainable(model), recorder.mean(2, 3))
+        assert int(kit.array(model.optimizer.iterations)) % 9 == 0
