@@ -268,7 +268,8 @@ class Plan:
         for (what, rate), phase in itertools.groupby(range(self.epochs), self._phase):
             first, *_, last = [*phase] * 2
             if rate == _FALLING:
-                rate = " to ".join(_number(self.learning_rate(e)) for e in (first, last))
+                ends = [_number(self.learning_rate(e)) for e in (first, last)]
+                rate = " to ".join(dict.fromkeys(ends))
             table.append((_span(first + 1, last + 1), what, rate))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from fractions import Fraction
@@ -13,6 +14,7 @@ import pytest
 
 import swa_dist
 from swa_dist.plan import Arguments, Plan
+from tests.kits import KITS
 
 INITIAL_RATE = 0.5
 
@@ -244,3 +246,96 @@ def test_plan_and_schedules_import_no_framework():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert json.loads(out.stdout) == []
+
+
+def test_a_plan_prints_as_a_table():
+    arguments = Arguments(45, "cyclic", swa_lr=0.001, swa_lr2=0.003, swa_freq=3)
+    assert str(arguments.plan(60, 390, learning_rate=0.1)).splitlines() == [
+        "epochs    what happens            learning rate",
+        "1 to 23   training                0.1",
+        "24 to 40  training                0.09438 to 0.004375",
+        "41 to 44  training                0.001",
+        "45 to 59  training and averaging  0.003 to 0.001 in 3 epochs of 390 batches",
+        "60        BN pass of the average  0",
+        "snapshots (5): at the end of epoch 47, 50, ..., 59",
+    ]
+
+
+def test_a_printed_plan_says_what_depends_on_a_rate_it_was_not_told():
+    assert str(Arguments(4, "constant").plan(5, batch_norm=False)).splitlines() == [
+        "epochs  what happens            learning rate",
+        "1 to 2  training                ?",
+        "3       training                ?",
+        "4 to 5  training and averaging  ?",
+        "snapshots (2): at the end of epoch 4, 5",
+        "?: depends on the optimizer's rate; give it as `learning_rate`",
+    ]
+    lines = str(Arguments(4, "constant", swa_lr=0.01).plan(5)).splitlines()
+    assert lines[3:5] == [
+        "4       training and averaging  0.01",
+        "5       BN pass of the average  0",
+    ]
+
+
+def test_a_printed_plan_of_a_rate_that_is_left_alone():
+    assert str(Arguments(0.5).plan(4)).splitlines() == [
+        "epochs  what happens            learning rate",
+        "1 to 2  training                yours",
+        "3       training and averaging  yours",
+        "4       BN pass of the average  0",
+        "snapshots (1): at the end of epoch 3",
+    ]
+
+
+def test_a_printed_plan_agrees_with_its_answers():
+    for start_epoch, freq, epochs, has_bn in itertools.product(
+        range(1, 8), (1, 2), range(3, 12), (False, True)
+    ):
+        schedule = "constant" if freq == 1 else "cyclic"
+        try:
+            p = Arguments(start_epoch, schedule, swa_freq=freq).plan(epochs, 3, 0.5, has_bn)
+        except ValueError:
+            continue
+        told = {}
+        for line in str(p).splitlines()[1:-1]:
+            span, what, rate = re.split("  +", line)
+            first, *last = map(int, span.split(" to "))
+            told |= dict.fromkeys(range(first, (last or [first])[0] + 1), (what, rate))
+        assert list(told) == list(range(1, epochs + 1))
+        for epoch in range(epochs):
+            what, rate = told[epoch + 1]
+            assert (what == "BN pass of the average") == p.is_bn_pass(epoch)
+            if p.is_snapshot(epoch):
+                assert what == "training and averaging"
+            ends = [float(number) for number in rate.split(" in ")[0].split(" to ")]
+            for batch in range(3):
+                assert ends[-1] * 0.999 <= p.learning_rate(epoch, batch) <= ends[0] * 1.001
+
+
+def test_a_run_that_stops_early_has_its_bn_pass_in_the_next_epoch():
+    p = plan(0.5, 10, has_bn=True).stopped_after(6)
+    assert p.epochs == 8
+    assert [e + 1 for e in range(8) if p.is_snapshot(e)] == [6, 7]
+    assert [e + 1 for e in range(8) if p.is_bn_pass(e)] == [8]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [(a, v) for a in ("epochs", "steps_per_epoch") for v in (0, -1, 1.0, "3", True)]
+    + [("epochs", None)]
+    + [("learning_rate", v) for v in (0, -0.1, float("nan"), "0.1", True)]
+    + [("batch_norm", v) for v in (None, 1, "yes")],
+)
+def test_a_plan_of_what_cannot_be_is_refused(argument, value):
+    with pytest.raises(
+        ValueError, match=f"^`{argument}` must be .* Received: {argument}={value!r}"
+    ):
+        Arguments(2).plan(**{"epochs": 5, argument: value})
+
+
+@pytest.mark.parametrize("kit", KITS, ids=lambda kit: kit.name)
+def test_the_callback_tells_its_plan(kit):
+    arguments = {"lr_schedule": "cyclic", "swa_lr": 0.1, "swa_lr2": 0.4, "swa_freq": 2}
+    told = kit.SWA(3, **arguments).plan(8, steps_per_epoch=3, learning_rate=0.5)
+    assert told == Arguments(3, **arguments).plan(8, 3, 0.5, True)
+    assert told == plan(3, 8, has_bn=True, initial_rate=0.5, steps=3, **arguments)
