@@ -162,3 +162,48 @@ def test_buffers_are_freed_with_the_average():
     del average
     gc.collect()
     assert buffer() is None
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("position", [0, 3])
+def test_what_is_not_finite_leaves_the_average_as_it_was(strategy, value, dtype, position):
+    variables = mirrored_variables(strategy, [dtype] * 4)
+    average = WeightAverage(variables, strategy)
+    for v in variables:
+        v.assign(tf.ones_like(v))
+    average.update()
+    assert average.first_non_finite() is None
+    spoiled = np.full(SHAPES[position], 2.0)
+    spoiled.flat[-1] = value
+    variables[position].assign(tf.cast(spoiled, dtype))
+    average.update()
+    assert average.n_averaged == 1
+    assert average.first_non_finite() == position
+    for v in variables:
+        v.assign(tf.fill(v.shape, tf.constant(3, dtype)))
+    average.update()
+    average.copy_to_model()
+    assert average.n_averaged == 2
+    for replica in copies(strategy, variables):
+        for array in replica:
+            np.testing.assert_array_equal(array.astype("float64"), 2.0)
+
+
+def test_a_large_float16_variable_is_not_taken_for_infinite(two_replicas):
+    with two_replicas.scope():
+        v = tf.Variable(tf.fill([100], tf.constant(60000, tf.float16)))
+    average = WeightAverage([v], two_replicas)
+    average.update()
+    assert average.n_averaged == 1
+
+
+def test_an_update_compiles_under_xla():
+    strategy = tf.distribute.get_strategy()
+    variables = mirrored_variables(strategy, ["float32", "bfloat16", "float32", "float64"])
+    average = WeightAverage(variables, strategy)
+    compiled = tf.function(average._update_replica, jit_compile=True)
+    compiled()
+    variables[0].assign(tf.fill(SHAPES[0], np.inf))
+    compiled()
+    assert average.n_averaged == 1
