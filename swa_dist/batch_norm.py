@@ -240,8 +240,13 @@ def _add_up(values: list[tf.Tensor]) -> list[tf.Tensor]:
     """Sum each over all replicas."""
     if not values:
         return []
-    context = tf.distribute.get_replica_context()
-    return context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+    # Not `ReplicaContext.all_reduce`: for its gradient it keeps every graph it is in alive.
+    return tf.distribute.get_replica_context().merge_call(_sum_over_replicas, args=values)
+
+
+def _sum_over_replicas(strategy: tf.distribute.Strategy, *values: Any) -> list[Any]:
+    pairs = [(value, value) for value in values]
+    return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)
 
 
 def _mean_over_replicas(
