@@ -1,0 +1,131 @@
+"""On the real TPUStrategy and its variables, with CPUs for cores (see tests/tpu.py)."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from swa_dist.batch_norm import BatchNormAverage
+from swa_dist.weight_average import WeightAverage
+from tests.kits import rows
+from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
+from tests.test_lifecycle import at, build, data, fit, norm_of, stop
+from tests.test_weight_average import copies, mirrored_variables
+from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
+from tests.tpu import tpu_on_cpus
+
+
+@pytest.fixture(params=[2, 4])
+def strategy(request, monkeypatch):
+    return tpu_on_cpus(request.param, monkeypatch)
+
+
+def test_the_stand_in_is_made_of_tpu_variables_each_on_its_replicas_device(strategy):
+    v, *_ = mirrored_variables(strategy, ["float32"] * 4)
+    assert type(v).__name__ == "TPUDistributedVariable"
+    assert v._packed_variable is not None
+    local = strategy.experimental_local_results(v)
+    assert len({copy.device for copy in local}) == strategy.num_replicas_in_sync
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_average_on_every_replica(strategy, dtype):
+    variables = mirrored_variables(strategy, [dtype] * 4)
+    average = WeightAverage(variables, strategy)
+    for value in (1, 2, 6):
+        for v in variables:
+            v.assign(tf.fill(v.shape, tf.constant(value, dtype)))
+        average.update()
+    variables[2].assign(tf.constant(np.nan, dtype))
+    average.update()
+    assert average.n_averaged == 3
+    average.copy_to_model()
+    for replica in copies(strategy, variables):
+        for array in replica:
+            np.testing.assert_array_equal(array.astype("float32"), 3)
+    assert {type(v).__name__ for v in average._sums} == {"TPUDistributedVariable"}
+
+
+def test_each_replica_averages_its_own_copy(strategy):
+    v, *_ = mirrored_variables(strategy, ["float32"] * 4)
+    average = WeightAverage([v], strategy)
+
+    @tf.function
+    def differ(scale):
+        def assign():
+            i = tf.distribute.get_replica_context().replica_id_in_sync_group
+            v.assign(tf.fill(v.shape, scale * tf.cast(i + 1, tf.float32)))
+
+        strategy.run(assign)
+
+    for scale in (1.0, 3.0):
+        differ(tf.constant(scale))
+        average.update()
+    average.copy_to_model()
+    for i, copy in enumerate(strategy.experimental_local_results(v)):
+        np.testing.assert_array_equal(copy.numpy(), 2.0 * (i + 1))
+
+
+def test_sums_are_checkpointed(strategy, tmp_path):
+    variables = mirrored_variables(strategy, ["float32"] * 4)
+    average = WeightAverage(variables, strategy)
+    for v in variables:
+        v.assign(tf.ones_like(v))
+    average.update()
+    path = tf.train.Checkpoint(sums=average._sums, count=average._count).save(str(tmp_path / "c"))
+    another = WeightAverage(variables, strategy)
+    tf.train.Checkpoint(sums=another._sums, count=another._count).restore(path)
+    for v in variables:
+        v.assign(tf.fill(v.shape, 3.0))
+    another.update()
+    another.copy_to_model()
+    for replica in copies(strategy, variables):
+        for array in replica:
+            np.testing.assert_array_equal(array, 2)
+
+
+@pytest.mark.parametrize("size", [4, 32, 128])
+def test_statistics_of_rows_are_pooled(strategy, size):
+    x = skewed(128, 5)
+    with strategy.scope():
+        norm = layer([5])
+    assert_exact(run(strategy, norm, deal(x, strategy.num_replicas_in_sync, size)), rows(x))
+
+
+def test_statistics_of_snapshots_are_averaged(strategy):
+    with strategy.scope():
+        norm = layer([3])
+    average = BatchNormAverage([norm], strategy)
+    for mean in (1.0, 5.0):
+        norm.mean.assign([mean] * 3)
+        norm.variance.assign([2.0] * 3)
+        average.update()
+    average.copy_to_model()
+    for copy in copies(strategy, norm.variables):
+        assert_bitwise(copy, [[3] * 3, [2] * 3])
+
+
+@pytest.fixture
+def unpacked(strategy):
+    # Gradients find a packed variable only within the rewriting that the stand-in leaves out.
+    strategy._enable_packed_variable_in_eager_mode = False
+    return strategy
+
+
+def fed():
+    return tf.data.Dataset.from_tensor_slices(data()).batch(8, drop_remainder=True)
+
+
+@pytest.mark.parametrize("ending", ["as planned", "early"])
+def test_a_whole_fit(kit, unpacked, ending):
+    model = build(kit, unpacked)
+    stopping = [at(kit, 4, stop)] if ending == "early" else []
+    epochs = 9 if ending == "early" else 5
+    recorder, swa, history = fit(kit, model, before=stopping, epochs=epochs, fed=fed())
+    assert len(history["loss"]) == 5
+    assert swa.inferred_batch_size == 8
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
+    seen = rows(data()[0])
+    mean, variance = kit.statistics(norm_of(model))
+    assert_mean(mean, seen.mean(0), seen.std(0))
+    assert_variance(variance, seen.var(0))
+    kit.assert_replicas_agree(model)
