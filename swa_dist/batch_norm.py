@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import tensorflow as tf
@@ -138,14 +139,24 @@ class BatchNormStatistics:
         """Whether, at the last `pool`, rows had reached any of the layers."""
         return any(read(a.reached, self._strategy) for a in self._accumulators)
 
-    def observers(self) -> list[tuple[type, str, Callable]]:
+    def observers(self) -> list[tuple[Any, str, Callable]]:
         """Return (class, "call", function) for each class of layers: put them in place to observe.
 
         The classes, not the layers: a subclass may hand its ancestor other inputs than its own.
+        Layers only where they have the class's `call` as an attribute, which hides it: tf_keras
+        leaves one behind when it saves a SavedModel.
         """
         accumulators = {id(a.layer.layer): a for a in self._accumulators}
         bases = {a.layer.base for a in self._accumulators}
-        return [(base, "call", _observed(base, accumulators)) for base in bases]
+        observed = {base: _observed(base, accumulators) for base in bases}
+        hidden = [
+            a.layer
+            for a in self._accumulators
+            if getattr(vars(a.layer.layer).get("call"), "__func__", None) is a.layer.base.call  # type: ignore[attr-defined]
+        ]
+        return [(base, "call", call) for base, call in observed.items()] + [
+            (of.layer, "call", MethodType(observed[of.base], of.layer)) for of in hidden
+        ]
 
     def _begin_replica(self) -> None:
         for accumulator in self._accumulators:

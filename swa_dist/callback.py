@@ -143,6 +143,10 @@ class SWACallback(_Callback):
     def set_model(self, model: Any) -> None:
         self.flavour.check_model(model)
         super().set_model(model)
+        # Before any `on_train_begin`: there, BackupAndRestore sets the rate that a run had when it
+        # was interrupted.
+        self._learning_rate = self.flavour.learning_rate(model)
+        self._initial_rate = self._learning_rate.read() if self._learning_rate.settable else None
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
@@ -160,12 +164,11 @@ class SWACallback(_Callback):
                 "batch, or `build` it, before `fit`."
             )
         check_strategy(model.distribute_strategy, variables)
-        self._learning_rate = self.flavour.learning_rate(model)
         self._plan = Plan(
             self.arguments,
             epochs=self.params["epochs"],
             has_bn=bool(self.flavour.live_batch_norm(model)),
-            initial_rate=self._learning_rate.read() if self._learning_rate.settable else None,
+            initial_rate=self._initial_rate,
             steps=self.params.get("steps"),
         )
         self._epoch = None

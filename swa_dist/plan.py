@@ -208,6 +208,7 @@ class Plan:
             f"first snapshot is at the end of epoch {self.first_snapshot}, but `fit` "
             f"trains{begins} to epoch {self.epochs}{last}, so that epoch {last_possible} is the "
             "last that could be averaged. Begin earlier or train for more epochs."
+            + (" Snapshots of an earlier run are not known to this one." if epoch else "")
         )
 
     def is_start(self, epoch: int) -> bool:

@@ -1,0 +1,344 @@
+"""The company it keeps: with each other callback, on either side of it, both keep their promise."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.conftest import mirrored
+from tests.kits import KITS, rows
+from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
+
+EPOCHS, STEPS, RATE = 5, 3, 0.05
+
+# The checkpoints that Keras writes of one epoch: the whole model, and the weights alone.
+FORMATS = ["model.keras", "only.weights.h5"]
+
+
+@pytest.fixture(params=["before", "after"])
+def order(request):
+    """Where in the list the other callback stands, as seen from SWA."""
+    return request.param
+
+
+def data(n=24, seed=0):
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
+    return x, rng.normal(size=(n, 1)).astype("float32")
+
+
+def build(kit, strategy=None, **optimizer_arguments):
+    kit.keras.utils.set_random_seed(7)
+    layers = kit.keras.layers
+    with (strategy or mirrored(2)).scope():
+        model = kit.keras.Sequential(
+            [
+                layers.Input((3,)),
+                layers.BatchNormalization(),
+                layers.Dense(4, activation="tanh"),
+                layers.BatchNormalization(),
+                layers.Dense(1),
+            ]
+        )
+        optimizer = kit.keras.optimizers.SGD(RATE, momentum=0.9, **optimizer_arguments)
+        model.compile(optimizer, "mse", jit_compile=False)
+    return model
+
+
+def fit(kit, model, others=(), order="before", start_epoch=2, schedule="manual", **arguments):
+    """Train among others, on one side of SWA; without SWA if `start_epoch` is None."""
+    recorder = kit.Recorder()
+    ours = [recorder] if start_epoch is None else [recorder, kit.SWA(start_epoch, schedule)]
+    callbacks = [*others, *ours] if order == "before" else [*ours, *others]
+    history = model.fit(
+        *data(), batch_size=8, verbose=0, shuffle=False, callbacks=callbacks,
+        **{"epochs": EPOCHS, **arguments},
+    )  # fmt: skip
+    return recorder, history.history
+
+
+def assert_average(kit, model, recorder, epochs=(2, 3, 4)):
+    assert_weights(kit.trainable(model), recorder.mean(*epochs))
+    assert_statistics(kit, model)
+    kit.assert_replicas_agree(model)
+
+
+def assert_statistics(kit, model):
+    seen = rows(data()[0])
+    mean, variance = kit.statistics(model.layers[0])
+    assert_mean(mean, seen.mean(0), seen.std(0))
+    assert_variance(variance, seen.var(0))
+
+
+def load(kit, path, model):
+    """The model in a file, or one like `model` with the weights in it."""
+    if path.suffix == ".keras":
+        return kit.keras.models.load_model(path)
+    loaded = kit.keras.models.clone_model(model)
+    loaded.load_weights(path)
+    return loaded
+
+
+def test_learning_rate_scheduler(kit, order):
+    model = build(kit)
+    scheduled = [0.05, 0.04, 0.03, 0.02, 0.01]
+    scheduler = kit.keras.callbacks.LearningRateScheduler(lambda epoch: scheduled[epoch])
+    recorder, _ = fit(kit, model, [scheduler], order)
+    assert_average(kit, model, recorder)
+    expected = [[rate] * STEPS for rate in scheduled[:-1]] + [[0.0] * STEPS]
+    np.testing.assert_allclose(recorder.batch_rates, expected, rtol=1e-6)
+    assert kit.rate(model) == pytest.approx(scheduled[-1])
+
+
+def test_reduce_lr_on_plateau(kit, order):
+    def reduce():  # at the end of every epoch but the first, which is the best so far
+        return kit.keras.callbacks.ReduceLROnPlateau("loss", 0.5, patience=1, min_delta=1e6)
+
+    plain = build(kit)
+    expected, _ = fit(kit, plain, [reduce()], start_epoch=None)
+    model = build(kit)
+    recorder, _ = fit(kit, model, [reduce()], order)
+    assert_average(kit, model, recorder)
+    assert recorder.batch_rates[:-1] == expected.batch_rates[:-1]
+    assert recorder.batch_rates[-2] == pytest.approx([RATE / 4] * STEPS)
+    assert recorder.batch_rates[-1] == [0.0] * STEPS
+    assert kit.rate(model) == kit.rate(plain) == pytest.approx(RATE / 16)
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_model_checkpoint_of_each_epoch(kit, order, tmp_path, file):
+    model = build(kit)
+    checkpoint = kit.keras.callbacks.ModelCheckpoint(
+        str(tmp_path / ("{epoch}." + file)), save_weights_only=file == FORMATS[1]
+    )
+    recorder, _ = fit(kit, model, [checkpoint], order)
+    assert_average(kit, model, recorder)
+    assert {p.name for p in tmp_path.iterdir()} == {f"{e}.{file}" for e in range(1, EPOCHS + 1)}
+    for epoch in range(1, EPOCHS + 1):
+        saved = load(kit, tmp_path / f"{epoch}.{file}", model)
+        assert_bitwise(kit.trainable(saved), recorder.weights[epoch - 1])
+    assert_bitwise(saved.get_weights(), model.get_weights())
+    if file == FORMATS[0]:
+        assert kit.rate(saved) == pytest.approx(RATE)
+
+
+@pytest.mark.parametrize("file", FORMATS)
+def test_model_checkpoint_by_batches(kit, order, tmp_path, file):
+    model = build(kit)
+    checkpoint = kit.keras.callbacks.ModelCheckpoint(
+        str(tmp_path / ("{epoch}-{batch}." + file)),
+        save_weights_only=file == FORMATS[1],
+        save_freq=STEPS,
+    )
+    recorder, _ = fit(kit, model, [checkpoint], order)
+    assert_average(kit, model, recorder)
+    names = {f"{epoch}-{STEPS}.{file}" for epoch in range(1, EPOCHS + 1)}
+    assert {p.name for p in tmp_path.iterdir()} == names
+    saved = load(kit, tmp_path / f"{EPOCHS}-{STEPS}.{file}", model)
+    assert_bitwise(kit.trainable(saved), kit.trainable(model))
+    if order == "after":
+        assert_bitwise(saved.get_weights(), model.get_weights())
+        if file == FORMATS[0]:
+            assert kit.rate(saved) == pytest.approx(RATE)
+
+
+@pytest.mark.parametrize("kit", KITS[1:], ids=lambda kit: kit.name, indirect=True)
+@pytest.mark.parametrize("save_freq", ["epoch", STEPS])
+def test_model_checkpoint_as_a_saved_model(kit, order, tmp_path, save_freq):
+    model = build(kit)
+    checkpoint = kit.keras.callbacks.ModelCheckpoint(str(tmp_path / "saved"), save_freq=save_freq)
+    recorder, _ = fit(kit, model, [checkpoint], order)
+    assert_average(kit, model, recorder)
+    saved = kit.keras.models.load_model(tmp_path / "saved")
+    assert_bitwise(kit.trainable(saved), kit.trainable(model))
+    if order == "after" or save_freq == "epoch":
+        assert_bitwise(saved.get_weights(), model.get_weights())
+        assert kit.rate(saved) == pytest.approx(RATE)
+
+
+def test_model_checkpoint_of_the_best_epochs(kit, order, tmp_path):
+    model = build(kit)
+    checkpoint = kit.keras.callbacks.ModelCheckpoint(
+        str(tmp_path / "{epoch}.keras"), monitor="val_loss", save_best_only=True
+    )
+    recorder, history = fit(kit, model, [checkpoint], order, validation_data=data())
+    assert_average(kit, model, recorder)
+    losses = history["val_loss"]
+    best = [i + 1 for i, loss in enumerate(losses) if loss < min(losses[:i], default=np.inf)]
+    assert {p.name for p in tmp_path.iterdir()} == {f"{epoch}.keras" for epoch in best}
+    assert best[-1] == EPOCHS  # with statistics of all data it beats the moving ones
+    assert losses[-1] == pytest.approx(model.evaluate(*data(), verbose=0), rel=1e-6)
+    for epoch in best:
+        saved = load(kit, tmp_path / f"{epoch}.keras", model)
+        assert_bitwise(kit.trainable(saved), recorder.weights[epoch - 1])
+    assert_bitwise(saved.get_weights(), model.get_weights())
+
+
+def test_csv_logger(kit, order, tmp_path):
+    model, path = build(kit), tmp_path / "log.csv"
+    logger = kit.keras.callbacks.CSVLogger(str(path))
+    recorder, history = fit(kit, model, [logger], order, validation_data=data())
+    assert_average(kit, model, recorder)
+    header, *lines = csv.reader(path.read_text().splitlines())
+    logged = ["learning_rate"] * (order == "after") + ["loss", "val_loss"]
+    assert header == ["epoch", *logged]
+    columns = dict(zip(header, np.array(lines, float).T, strict=True))
+    assert columns["epoch"].tolist() == list(range(EPOCHS))
+    for name in logged:
+        np.testing.assert_allclose(columns[name], history[name], rtol=1e-6)
+
+
+def events(folder):
+    """What was written: the steps and values of each scalar, and the number of graphs."""
+    scalars, graphs = {}, 0
+    for path in sorted(folder.rglob("events.out.tfevents.*")):
+        for record in tf.data.TFRecordDataset(str(path)):
+            event = tf.compat.v1.Event.FromString(record.numpy())
+            graphs += event.WhichOneof("what") == "graph_def"
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == "scalars":
+                    number = float(tf.make_ndarray(value.tensor))
+                    scalars.setdefault(value.tag, {})[event.step] = number
+    return scalars, graphs
+
+
+@pytest.mark.parametrize("update_freq", [1, "epoch"])
+def test_tensorboard(kit, order, tmp_path, update_freq):
+    def board(name):
+        return kit.keras.callbacks.TensorBoard(
+            str(tmp_path / name), write_graph=True, update_freq=update_freq
+        )
+
+    fit(kit, build(kit), [board("plain")], start_epoch=None)
+    model = build(kit)
+    recorder, history = fit(kit, model, [board("averaged")], order)
+    assert_average(kit, model, recorder)
+    (plain, plain_graphs), (scalars, graphs) = (events(tmp_path / n) for n in ("plain", "averaged"))
+    assert graphs == plain_graphs
+    scalars.pop("epoch_learning_rate", None)  # which tf_keras writes if SWA has logged it
+    plain.pop("epoch_learning_rate", None)
+    assert {tag: [*of] for tag, of in scalars.items()} == {tag: [*of] for tag, of in plain.items()}
+    assert [*scalars["epoch_loss"]] == list(range(EPOCHS))
+    np.testing.assert_allclose([*scalars["epoch_loss"].values()], history["loss"], rtol=1e-6)
+    assert ("batch_loss" in scalars) == (update_freq == 1)
+
+
+class InterruptionError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("schedule", ["manual", "constant"])
+def test_backup_and_restore(kit, order, tmp_path, schedule):
+    # Six epochs: three before averaging, two that are averaged, the BN pass.
+    arguments = {"start_epoch": 4, "schedule": schedule, "epochs": 6}
+
+    def interrupt(epoch, logs):
+        if epoch == 3:
+            raise InterruptionError
+
+    def backup():
+        return kit.keras.callbacks.BackupAndRestore(str(tmp_path / "backup"))
+
+    expected, _ = fit(kit, build(kit), **arguments)
+    interruption = kit.keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)
+    with pytest.raises(InterruptionError):
+        fit(kit, build(kit), [backup(), interruption], order, **arguments)
+    model = build(kit)  # as in a new process
+    recorder, _ = fit(kit, model, [backup()], order, **arguments)
+    assert_average(kit, model, recorder, epochs=(1, 2))  # of the second fit: 4 and 5 of the run
+    np.testing.assert_allclose(recorder.batch_rates, expected.batch_rates[3:], rtol=1e-6)
+    for resumed, weights in zip(recorder.weights, expected.weights[3:], strict=True):
+        assert_weights(resumed, weights)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_early_stopping_that_restores_weights(kit, order):
+    model = build(kit)
+    stopping = kit.keras.callbacks.EarlyStopping(
+        "loss", patience=9, mode="max", restore_best_weights=True
+    )
+    recorder, history = fit(kit, model, [stopping], order)
+    assert len(history["loss"]) == EPOCHS
+    if order == "before":
+        assert_average(kit, model, recorder)
+    else:
+        best = int(np.argmax(history["loss"]))
+        assert best < EPOCHS - 1
+        assert_bitwise(kit.trainable(model), recorder.weights[best])
+        assert kit.rate(model) == pytest.approx(RATE)
+
+
+@pytest.mark.parametrize("kit", KITS[:1], ids=lambda kit: kit.name, indirect=True)
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_swap_ema_weights(kit, order, swap_on_epoch):
+    def train(start_epoch):
+        model = build(kit, use_ema=True, ema_momentum=0.5)
+        swap = keras.callbacks.SwapEMAWeights(swap_on_epoch)
+        return model, *fit(kit, model, [swap], order, start_epoch, validation_data=data())
+
+    _, plain_recorder, plain = train(start_epoch=None)
+    model, recorder, history = train(start_epoch=2)
+    assert_average(kit, model, recorder)
+    for weights, expected in zip(recorder.weights[:-1], plain_recorder.weights[:-1], strict=True):
+        assert_weights(weights, expected)
+    np.testing.assert_allclose(history["val_loss"][:-1], plain["val_loss"][:-1], rtol=1e-6)
+    assert kit.rate(model) == pytest.approx(RATE)
+
+
+@pytest.mark.parametrize("frequency", [None, 2])
+def test_an_optimizer_with_an_average_of_its_own(kit, frequency):
+    arguments = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": frequency}
+    if frequency and kit.name == "keras3":  # which itself cannot do it under a strategy (3.15.1)
+        arguments["strategy"] = tf.distribute.get_strategy()
+    expected, _ = fit(kit, build(kit, **arguments), start_epoch=None)
+    model = build(kit, **arguments)
+    recorder, _ = fit(kit, model)
+    assert_average(kit, model, recorder)
+    for epoch in range(EPOCHS - 1):
+        assert_bitwise(recorder.weights[epoch], expected.weights[epoch])
+    assert_bitwise(recorder.states[-1], recorder.states[-2])
+
+
+HOOKS = [
+    "on_train_begin", "on_train_end", "on_epoch_begin", "on_epoch_end", "on_train_batch_begin",
+    "on_train_batch_end", "on_test_begin", "on_test_end", "on_test_batch_begin",
+    "on_test_batch_end",
+]  # fmt: skip
+
+
+def test_bystanders(kit, order):
+    def train(start_epoch):
+        calls = []
+
+        class Bystander(kit.keras.callbacks.Callback):
+            pass
+
+        def note(hook):
+            def call(self, *args, **kwargs):
+                *number, logs = *args, *kwargs.values()
+                calls.append((hook, *number, sorted({*(logs or ())} - {"learning_rate"})))
+
+            return call
+
+        for hook in HOOKS:
+            setattr(Bystander, hook, note(hook))
+        numbers = []
+        others = [
+            Bystander(),
+            kit.keras.callbacks.TerminateOnNaN(),
+            kit.keras.callbacks.LambdaCallback(
+                on_epoch_begin=lambda epoch, logs: numbers.append(epoch)
+            ),
+        ]
+        model = build(kit)
+        recorder, _ = fit(kit, model, others, order, start_epoch, validation_data=data())
+        assert numbers == list(range(EPOCHS))
+        return model, recorder, calls
+
+    *_, expected = train(start_epoch=None)
+    model, recorder, calls = train(start_epoch=2)
+    assert_average(kit, model, recorder)
+    assert calls == expected
+    assert not model.stop_training
