@@ -9,7 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.moments import moments, two_sum
-from swa_dist.replicas import ReplicaFunction, local_variable, read
+from swa_dist.replicas import ReplicaFunction, local_variable, read, sum_over_replicas
 
 
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ class BatchNormStatistics:
         # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2)
         accumulators = self._accumulators
         counts = [tf.cast(a.count, a.dtype) for a in accumulators]
-        totals = _add_up(counts)
+        totals = sum_over_replicas(counts)
         shares = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
         means, deviations = _mean_over_replicas([a.mean for a in accumulators], shares)
-        squares = _add_up(
+        squares = sum_over_replicas(
             [
                 a.squares + n * tf.square(deviation)
                 for a, n, deviation in zip(accumulators, counts, deviations, strict=True)
@@ -223,7 +223,7 @@ class BatchNormAverage:
         own = [layer.statistics() for layer in self._layers]
         finite = [tf.reduce_all(tf.math.is_finite(mean_variance)) for mean_variance in own]
         votes = [tf.cast(f, s.dtype) for f, s in zip(finite, own, strict=True)]
-        voters = _add_up(votes)
+        voters = sum_over_replicas(votes)
         shares = [tf.math.divide_no_nan(v, n) for v, n in zip(votes, voters, strict=True)]
         own = [tf.where(f, s, tf.zeros_like(s)) for f, s in zip(finite, own, strict=True)]
 
@@ -247,19 +247,6 @@ class BatchNormAverage:
             layer.assign(average[0], average[1], where=count > 0)
 
 
-def _add_up(values: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Sum each over all replicas."""
-    if not values:
-        return []
-    # Not `ReplicaContext.all_reduce`: for its gradient it keeps every graph it is in alive.
-    return tf.distribute.get_replica_context().merge_call(_sum_over_replicas, args=values)
-
-
-def _sum_over_replicas(strategy: tf.distribute.Strategy, *values: Any) -> list[Any]:
-    pairs = [(value, value) for value in values]
-    return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)
-
-
 def _mean_over_replicas(
     values: list[tuple[tf.Tensor, tf.Tensor]], shares: list[tf.Tensor]
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
@@ -268,9 +255,13 @@ def _mean_over_replicas(
     The values are unevaluated sums high + low. They are taken relative to one rounded mean, c:
     their differences need digits of their own.
     """
-    centers = _add_up([share * high for share, (high, _) in zip(shares, values, strict=True)])
+    centers = sum_over_replicas(
+        [share * high for share, (high, _) in zip(shares, values, strict=True)]
+    )
     offsets = [(high - c) + low for (high, low), c in zip(values, centers, strict=True)]
-    means = _add_up([share * offset for share, offset in zip(shares, offsets, strict=True)])
+    means = sum_over_replicas(
+        [share * offset for share, offset in zip(shares, offsets, strict=True)]
+    )
     return (
         [c + mean for c, mean in zip(centers, means, strict=True)],
         [offset - mean for offset, mean in zip(offsets, means, strict=True)],

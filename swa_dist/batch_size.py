@@ -4,7 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from swa_dist.replicas import local_variable, read
+from swa_dist.replicas import ReplicaFunction, local_variable, read, sum_over_replicas
 from swa_dist.train_function import TrainFunction
 
 
@@ -22,9 +22,12 @@ class CountingTrainFunction(TrainFunction):
     def __init__(self, model: Any) -> None:
         self._strategy = model.distribute_strategy
         with self._strategy.scope():
-            self._largest = local_variable(tf.zeros([], tf.int64))
+            # Each replica has its worker's mean over replicas, so that they add up to the whole.
+            self._largest = local_variable(tf.zeros([]))
             self._batches = local_variable(tf.zeros([], tf.int64))
             self._empty_shares = local_variable(tf.zeros([], tf.int64))
+            self._total = local_variable(tf.zeros([], tf.int64))
+        self._add_up = ReplicaFunction(self._add_up_replica, self._strategy)
         train_step = model.train_step
 
         def counted_train_step(data):  # type: ignore[no-untyped-def]
@@ -35,8 +38,12 @@ class CountingTrainFunction(TrainFunction):
 
     @property
     def largest_batch(self) -> int:
-        """Rows of the largest global batch since `reset`; 0 if there was none with rows."""
-        return read(self._largest, self._strategy)
+        """Rows of the largest global batch since `reset`; 0 if there was none with rows.
+
+        With several workers it is the sum of each worker's largest. Every worker must ask.
+        """
+        self._add_up()
+        return read(self._total, self._strategy)
 
     @property
     def batches(self) -> int:
@@ -53,10 +60,14 @@ class CountingTrainFunction(TrainFunction):
         for variable in (self._largest, self._batches, self._empty_shares):
             variable.assign(0)
 
+    def _add_up_replica(self) -> None:
+        (total,) = sum_over_replicas([self._largest.read_value()])
+        self._total.assign(tf.cast(tf.round(total), tf.int64))
+
     @tf.autograph.experimental.do_not_convert
     def _count(self, data: Any) -> None:
         context = tf.distribute.get_replica_context()
-        rows, without = context.merge_call(_global_rows, args=(_rows(data),))
+        rows, without = context.merge_call(_local_rows, args=(_rows(data),))
         # At the end of the data the step is run once more and fails for want of a batch. Nothing
         # may be counted then, not even where the number of rows is static.
         fed = [t for t in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(t)]
@@ -78,9 +89,8 @@ def _rows(data: Any) -> tf.Tensor:
     return tf.zeros([], tf.int64)
 
 
-def _global_rows(strategy: tf.distribute.Strategy, rows: Any) -> tuple[tf.Tensor, tf.Tensor]:
-    """Return the rows of the global batch, and 1 if some replica has none of them, else 0."""
-    local = strategy.experimental_local_results(rows)
-    # Where one trace, or one worker, stands for several replicas, each is fed as much as this one.
-    total = tf.add_n(local) * (strategy.num_replicas_in_sync // len(local))
-    return total, tf.cast(tf.reduce_min(tf.stack(local)) == 0, tf.int64)
+def _local_rows(strategy: tf.distribute.Strategy, rows: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    """Return the mean rows of this worker's replicas, and 1 if one of them has none, else 0."""
+    local = tf.stack(strategy.experimental_local_results(rows))
+    mean = tf.reduce_mean(tf.cast(local, tf.float32))
+    return mean, tf.cast(tf.reduce_min(local) == 0, tf.int64)

@@ -106,6 +106,8 @@ class SWACallback(_Callback):
         self.arguments = Arguments(
             start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose
         )
+        # Here, as Keras 3 fails before it calls a callback for the first time.
+        self.flavour.warn_of_several_workers()
         self.n_averaged = 0
         self.inferred_batch_size: int | None = None
         self._epoch: int | None = None
@@ -237,8 +239,8 @@ class SWACallback(_Callback):
                 + (
                     "no snapshot was finite."
                     if self._not_finite
-                    else f"training ended {self._end}, before the end of epoch "
-                    f"{self._plan.first_snapshot}, where SWA would have taken its first snapshot."
+                    else f"training ended {self._end}, and SWA would have taken its first "
+                    f"snapshot at the end of epoch {self._plan.first_snapshot}."
                 )
             )
         elif not self._plan.has_bn:

@@ -1,5 +1,6 @@
 """What differs between the two Kerases, in one place."""
 
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
@@ -51,6 +52,20 @@ class Flavour:
             f"`{self._module.__name__}`. Received: {type(model).__module__}."
             f"{type(model).__qualname__}.{remedy}"
         )
+
+    def warn_of_several_workers(self) -> None:
+        """Say so where this process is one of several workers that this Keras cannot train with."""
+        if not self.is_keras_3:
+            return
+        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        jobs = resolver.cluster_spec().as_dict()
+        if len(jobs.get("chief", [])) + len(jobs.get("worker", [])) > 1:
+            warnings.warn(
+                "Keras 3 cannot train with several workers (seen with 3.15.1: `fit` under "
+                "MultiWorkerMirroredStrategy fails before its first batch), and TF_CONFIG names "
+                f"several. Received: {jobs}. Use tf_keras, and `from swa_dist.tfkeras import SWA`.",
+                stacklevel=4,
+            )
 
     def variable(self, variable: Any) -> tf.Variable:
         """Return the TensorFlow variable behind a Keras one."""

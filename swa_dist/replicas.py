@@ -1,6 +1,7 @@
 """Variables and functions of which every replica has its own."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import tensorflow as tf
 
@@ -46,6 +47,23 @@ def local_variable(initial_value: tf.Tensor) -> tf.Variable:
 def read(variable: tf.Variable, strategy: tf.distribute.Strategy) -> int:
     """Return the value of a local scalar variable on this worker's first replica."""
     return int(strategy.experimental_local_results(variable)[0])
+
+
+def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
+    """Sum each value over all replicas.
+
+    Distribution:
+        Call it in replica context, on every replica with as many values of the same shapes.
+    """
+    if not values:
+        return []
+    # Not `ReplicaContext.all_reduce`: for its gradient it keeps every graph it is in alive.
+    return tf.distribute.get_replica_context().merge_call(_reduce, args=values)
+
+
+def _reduce(strategy: tf.distribute.Strategy, *values: Any) -> list[Any]:
+    pairs = [(value, value) for value in values]
+    return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)
 
 
 class ReplicaFunction:

@@ -300,7 +300,7 @@ def test_what_a_model_or_a_run_does_not_allow_is_refused(
 def test_a_run_without_an_epoch_warns_and_leaves_the_model_alone(kit):
     model, swa = dense(kit), kit.SWA(2)
     before = state(kit, model)
-    with pytest.warns(UserWarning, match=r"before SWA took its first snapshot \(start_epoch=2"):
+    with pytest.warns(UserWarning, match="before its first epoch, .* at the end of epoch 2"):
         fit(kit, model, [swa], initial_epoch=EPOCHS)
     assert_bitwise(state(kit, model), before)
 

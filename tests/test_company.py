@@ -37,9 +37,7 @@ def build(kit, strategy=None, **optimizer_arguments):
             [
                 layers.Input((3,)),
                 layers.BatchNormalization(),
-                layers.Dense(4, activation="tanh"),
-                layers.BatchNormalization(),
-                layers.Dense(1),
+                layers.Dense(1, activation="tanh"),
             ]
         )
         optimizer = kit.keras.optimizers.SGD(RATE, momentum=0.9, **optimizer_arguments)

@@ -24,7 +24,7 @@ def build(kit, strategy=NO_STRATEGY, norm=True):
     with strategy.scope():
         norms = [layers.BatchNormalization()] * norm
         model = kit.keras.Sequential(
-            [layers.Input((3,)), *norms, layers.Dense(4, activation="tanh"), layers.Dense(1)]
+            [layers.Input((3,)), *norms, layers.Dense(1, activation="tanh")]
         )
         optimizer = kit.keras.optimizers.SGD(RATE, momentum=0.9)
         model.compile(optimizer, "mse", jit_compile=False)
@@ -206,7 +206,7 @@ def test_statistics_that_are_not_finite_on_a_replica_do_not_enter_the_average(ki
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_stopped_before_the_first_snapshot_the_weights_stay_as_trained(kit, two_replicas, side):
     model = build(kit, two_replicas)
-    with pytest.warns(UserWarning, match="ended with epoch 3, before the end of epoch 6"):
+    with pytest.warns(UserWarning, match="ended with epoch 3, .* snapshot at the end of epoch 6"):
         recorder, swa, history = fit(kit, model, start_epoch=6, **{side: [at(kit, 3, stop)]})
     assert len(history["loss"]) == 3
     assert swa.n_averaged == 0
@@ -249,7 +249,9 @@ def test_a_run_may_recover_from_what_is_not_finite(kit, two_replicas):
         model.trainable_variables[-1].assign(healthy[-1])
 
     keep = at(kit, 4, lambda m: healthy.append(kit.array(m.trainable_variables[-1])))
-    with pytest.warns(UserWarning, match=r"end of epoch 4 are not finite.*dense_\d+/bias"):
+    with pytest.warns(
+        UserWarning, match=r"end of epoch 4 are not finite.*dense/bias|dense_\d+/bias"
+    ):
         recorder, swa, _ = fit(
             kit, model, before=[keep, at(kit, 4, poison)], after=[at(kit, 4, heal)], epochs=7
         )

@@ -1,0 +1,128 @@
+"""Several workers, each a process: all end with the same model, exact over what all were fed."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import tf_keras
+
+from tests.kits import KITS
+from tests.tolerances import assert_mean, assert_variance, assert_weights
+from tests.worker import EPOCHS, SCENARIOS, SIZES, START, STEPS, rows_of
+
+SECONDS = 240
+
+
+def run(root, directory, scenario, n_devices, workers=2):
+    """Run the workers; return their exit codes, outputs and how long each took."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(workers)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        cluster = {"worker": ["{}:{}".format(*s.getsockname()) for s in sockets]}
+    started, processes = time.monotonic(), []
+    for index in range(workers):
+        config = {"cluster": cluster, "task": {"type": "worker", "index": index}}
+        command = [sys.executable, "-m", "tests.worker", directory, scenario, n_devices]
+        processes.append(
+            subprocess.Popen(
+                [str(part) for part in command],
+                cwd=root,
+                env={**os.environ, "TF_CONFIG": json.dumps(config)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    results = []
+    for process in processes:
+        try:
+            output, _ = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            for p in processes:
+                p.kill()
+            pytest.fail(f"A worker hangs: {process.communicate()[0][-4000:]}")
+        results.append((process.returncode, output, time.monotonic() - started))
+    return results
+
+
+@pytest.mark.parametrize("n_devices", [1, 2])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_workers_are_one(pytestconfig, tmp_path, scenario, n_devices):
+    for code, output, _ in run(pytestconfig.rootpath, tmp_path, scenario, n_devices):
+        assert code == 0, output[-4000:]
+    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+
+    # Both hold the same, bit by bit, on each replica.
+    own = ("rows",)
+    assert first.files == second.files
+    for name in first.files:
+        if not name.startswith(own):
+            np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+    for i in range(2):
+        for name in ("mean", "variance"):
+            replicas = first[f"{name}{i}"]
+            assert len(replicas) == n_devices
+            assert (replicas == replicas[0]).all()
+
+    lasts, stop = SCENARIOS[scenario]
+    averaged = range(START, (stop or EPOCHS - 1) + 1)
+    n_weights = sum(name.startswith("weights") for name in first.files)
+    snapshots = [
+        [first[f"snapshot{e}_{i}"].astype(np.float64) for e in averaged] for i in range(n_weights)
+    ]
+    weights = [first[f"weights{i}"] for i in range(n_weights)]
+    assert_weights(weights, [np.mean(s, 0) for s in snapshots])
+    assert first["n_averaged"] == len(averaged)
+
+    # The statistics are those of the union of what the workers' replicas were fed.
+    for i in range(2):
+        seen = np.concatenate([w[f"rows{i}"] for w in (first, second)]).astype(np.float64)
+        assert_mean(first[f"mean{i}"][0], seen.mean(0), seen.std(0))
+        assert_variance(first[f"variance{i}"][0], seen.var(0))
+    fed = [
+        rows_of(i, n_devices * ((STEPS - 1) * SIZES[i] + min(lasts[i], SIZES[i])))[0]
+        for i in range(2)
+    ]
+    for worker, x in zip((first, second), fed, strict=True):
+        np.testing.assert_allclose(worker["rows0"].sum(0), x.sum(0), rtol=1e-5)
+    assert first["inferred_batch_size"] == n_devices * sum(SIZES)
+
+    history = json.loads(str(first["history"]))
+    assert len(history["loss"]) == averaged[-1] + 1
+    np.testing.assert_allclose(history["learning_rate"][-2:], [0.02, 0.0], rtol=1e-6)
+    assert first["rate"] == pytest.approx(0.02)
+    tap = {"Tap": KITS[1].Tap}
+    saved = tf_keras.models.load_model(tmp_path / "model.keras", custom_objects=tap)
+    for array, weight in zip(weights, saved.trainable_variables, strict=True):
+        np.testing.assert_array_equal(array, weight.numpy())
+    np.testing.assert_array_equal(first["variance0"][0], saved.layers[1].moving_variance.numpy())
+    x, y = rows_of(7, 16)
+    assert history["val_loss"][-1] == pytest.approx(saved.evaluate(x, y, verbose=0), rel=1e-5)
+
+
+def test_when_a_worker_dies_the_other_ends_with_an_error(pytestconfig, tmp_path):
+    (survivor, output, seconds), (died, _, _) = run(pytestconfig.rootpath, tmp_path, "dies", 1)
+    assert died == 9
+    assert survivor not in (0, 9)
+    assert "Error" in output
+    assert seconds < SECONDS
+
+
+def test_keras_3_says_what_to_do_about_several_workers(pytestconfig, tmp_path):
+    for code, output, _ in run(pytestconfig.rootpath, tmp_path, "keras3", 1):
+        assert code != 0
+        for words in ("Keras 3 cannot train with several workers", "swa_dist.tfkeras"):
+            assert words in output
+
+
+def test_keras_3_trains_with_one_worker(pytestconfig, tmp_path):
+    ((code, output, _),) = run(pytestconfig.rootpath, tmp_path, "keras3", 2, workers=1)
+    assert code == 0, output[-4000:]
+    assert "several workers" not in output

@@ -1,0 +1,133 @@
+"""One of several workers: it fits, and writes down what it was fed and what it ended with.
+
+    python -m tests.worker DIRECTORY SCENARIO DEVICES
+
+`TF_CONFIG` says which one it is.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
+
+STEPS, EPOCHS, START = 3, 6, 2
+SIZES = [8, 5]  # rows of a replica's batches, by worker
+
+SCENARIOS = {
+    # rows of the last batch of an epoch; epoch at whose end training is stopped
+    "even": ([8, 8], None),
+    "uneven": ([6, 1], None),
+    "stopped": ([6, 1], 4),
+}
+
+
+def rows_of(index, n):
+    rng = np.random.default_rng(index)
+    x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
+    return x, rng.normal(size=(n, 1)).astype("float32")
+
+
+def main(directory, scenario, n_devices):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * n_devices
+    )
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    # The strategy takes all GPUs of a worker, but only one of its CPUs.
+    CollectiveAllReduceExtended._initialize_local_devices = lambda self, resolver, worker: (
+        tuple(f"{worker}/device:CPU:{i}" for i in range(n_devices)),
+        "CPU",
+    )
+    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=60)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+
+    from tests.kits import KITS
+
+    kit = KITS[scenario != "keras3"]
+    keras = kit.keras
+    with strategy.scope():
+        taps = [kit.Tap(), kit.Tap()]
+        norms = [keras.layers.BatchNormalization() for _ in taps]
+        model = keras.Sequential(
+            [
+                keras.layers.Input((3,)),
+                *(taps[0], norms[0], keras.layers.Dense(4, activation="tanh")),
+                *(taps[1], norms[1], keras.layers.Dense(1)),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", jit_compile=False)
+
+    class Company(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            last = (stop or EPOCHS - 1) if scenario != "dies" else None
+            for tap in taps:
+                tap.on = epoch == last
+            self.epoch = epoch + 1
+
+        def on_train_batch_begin(self, batch, logs=None):
+            if scenario == "dies" and (index, self.epoch, batch) == (1, 3, 1):
+                print("fed", flush=True)
+                os._exit(9)
+
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch + 1 == stop:
+                self.model.stop_training = True
+
+    lasts, stop = SCENARIOS.get(scenario, SCENARIOS["even"])
+    sizes = [SIZES[index]] * (STEPS - 1) + [min(lasts[index], SIZES[index])]
+
+    def dataset(context):
+        x, y = rows_of(index, sum(sizes) * n_devices)
+
+        def batches():
+            at = 0
+            for size in np.repeat(sizes, n_devices):
+                yield x[at : at + size].copy(), y[at : at + size].copy()
+                at += size
+
+        signature = (tf.TensorSpec((None, 3)), tf.TensorSpec((None, 1)))
+        return tf.data.Dataset.from_generator(batches, output_signature=signature).repeat()
+
+    fed = strategy.distribute_datasets_from_function(dataset)
+    recorder, swa = kit.Recorder(), kit.SWA(START, "constant", swa_lr=0.02)
+    if scenario == "keras3":
+        model.fit(fed, epochs=3, steps_per_epoch=STEPS, verbose=0, callbacks=[swa])
+        return
+    validation = tf.data.Dataset.from_tensor_slices(rows_of(7, 16)).batch(8)
+    history = model.fit(
+        fed, epochs=EPOCHS, steps_per_epoch=STEPS, verbose=0, validation_data=validation,
+        callbacks=[Company(), recorder, swa],
+    ).history  # fmt: skip
+
+    # Every worker saves, as reading statistics may need all; the chief's file is the one to keep.
+    file = directory / ("model.keras" if index == 0 else f"of-worker-{index}.keras")
+    model.save(file)
+    np.savez(
+        directory / f"{index}.npz",
+        history=json.dumps(history),
+        n_averaged=swa.n_averaged,
+        inferred_batch_size=swa.inferred_batch_size,
+        rate=kit.rate(model),
+        **{f"rows{i}": np.concatenate(tap.seen) for i, tap in enumerate(taps)},
+        **{f"weights{i}": w for i, w in enumerate(kit.trainable(model))},
+        **{
+            f"snapshot{e}_{i}": w
+            for e, weights in enumerate(recorder.weights, 1)
+            for i, w in enumerate(weights)
+        },
+        **{
+            f"{name}{i}": np.stack(kit.replicas(getattr(norm, f"moving_{name}")))
+            for i, norm in enumerate(norms)
+            for name in ("mean", "variance")
+        },
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
