@@ -19,6 +19,11 @@ def check_strategy(strategy: tf.distribute.Strategy, variables: Iterable[tf.Vari
             "is no moment at which all hold the weights of one snapshot. Use MirroredStrategy, "
             "MultiWorkerMirroredStrategy or TPUStrategy."
         )
+    if isinstance(strategy, tf.distribute.experimental.CentralStorageStrategy):
+        raise ValueError(
+            "SWA needs a strategy that gives each replica its own copy of the weights. Received: "
+            f"{type(strategy).__name__}, which keeps one for all. Use MirroredStrategy."
+        )
     for variable in variables:
         if not strategy.extended.variable_created_in_scope(variable):
             raise ValueError(

@@ -1,0 +1,99 @@
+"""What runs on the device compiles under XLA, in static shapes, and waits for nothing."""
+
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import swa_dist
+from swa_dist.batch_norm import BatchNormAverage, BatchNormStatistics
+from swa_dist.batch_size import CountingTrainFunction
+from swa_dist.train_function import shadowed
+from swa_dist.weight_average import WeightAverage
+from tests.test_batch_norm import layer
+from tests.test_lifecycle import NO_STRATEGY, assert_exact, build, data, fit
+from tests.test_weight_average import mirrored_variables
+from tests.tolerances import assert_weights
+
+
+def device_functions(kit):
+    """All that a replica does, by name, with its inputs."""
+    average = WeightAverage(mirrored_variables(NO_STRATEGY, ["float32"] * 4), NO_STRATEGY)
+    yield "average: update", average._update_replica, ()
+    yield "average: copy", average._copy_replica, ()
+    norm = layer([3])
+    statistics = BatchNormStatistics([norm], NO_STRATEGY)
+    yield "rows: begin", statistics._begin_replica, ()
+    yield "rows: pool", statistics._pool_replica, ()
+    yield "rows: restore", statistics._restore_replica, ()
+
+    def observe(x):
+        with shadowed(statistics.observers()):
+            norm.layer.call(x, training=True)
+
+    yield "rows: observe", observe, (tf.ones([300, 3]),)
+    of_snapshots = BatchNormAverage([norm], NO_STRATEGY)
+    yield "statistics: update", of_snapshots._update_replica, ()
+    yield "statistics: copy", of_snapshots._copy_replica, ()
+    counts = CountingTrainFunction(build(kit))
+    yield "counts: add up", counts._add_up_replica, ()
+    yield "counts: count", lambda x: counts._count((x,)), (tf.ones([8, 3]),)
+
+
+def operations(graph):
+    yield from graph.get_operations()
+    for function in graph._functions.values():
+        if hasattr(function, "graph"):
+            yield from operations(function.graph)
+
+
+def test_every_function_of_the_device_compiles_with_static_shapes_and_no_callback(kit):
+    for name, function, inputs in device_functions(kit):
+        compiled = tf.function(function, jit_compile=True, autograph=False)
+        compiled(*inputs)
+        assert compiled.experimental_get_compiler_ir(*inputs)(stage="hlo"), name
+        for operation in operations(compiled.get_concrete_function(*inputs).graph):
+            assert "Py" not in operation.type, (name, operation.type)
+            for output in operation.outputs:
+                if output.dtype not in (tf.resource, tf.variant):
+                    assert output.shape.is_fully_defined(), (name, operation.name)
+
+
+def test_a_compiled_fit_equals_one_that_is_not(kit):
+    ends = []
+    for jit_compile in (False, True):
+        kit.keras.utils.set_random_seed(3)
+        model = build(kit)
+        model.compile(kit.keras.optimizers.SGD(0.05, momentum=0.9), "mse", jit_compile=jit_compile)
+        recorder, *_ = fit(kit, model, epochs=5)
+        ends.append(model.get_weights())
+        assert_exact(kit, model, recorder, [2, 3, 4])
+    assert_weights(ends[1], [w.astype(np.float64) for w in ends[0]])
+
+
+@pytest.mark.parametrize("schedule", ["manual", "cyclic"])
+def test_nothing_is_read_from_the_device_between_two_steps(
+    kit, two_replicas, monkeypatch, schedule
+):
+    eager = next(c for c in type(tf.constant(0)).__mro__ if "_numpy" in vars(c))
+    original, ours = eager._numpy, Path(swa_dist.__file__).parent
+    at, reads = ["nowhere"], set()
+
+    def spy(self):
+        frames = [f for f in traceback.extract_stack() if Path(f.filename).parent == ours]
+        # Keras's own train function reads whether it got a batch.
+        if frames and Path(frames[-1].filename).stem != "train_function":
+            reads.add(at[0])
+        return original(self)
+
+    monkeypatch.setattr(eager, "_numpy", spy)
+    model = build(kit, two_replicas)
+    clock = kit.keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: at.__setitem__(0, "begin"),
+        on_train_batch_end=lambda batch, logs: at.__setitem__(0, "steps" if batch < 2 else "end"),
+    )
+    swa = kit.SWA(2) if schedule == "manual" else kit.SWA(2, "cyclic", swa_freq=2)
+    model.fit(*data(), batch_size=8, epochs=6, verbose=0, callbacks=[clock, swa])
+    assert reads == {"nowhere", "begin", "end"}

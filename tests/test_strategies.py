@@ -1,0 +1,43 @@
+"""Every strategy is served, or refused before the first batch."""
+
+import pytest
+import tensorflow as tf
+
+from tests.test_lifecycle import assert_exact, build, fit
+from tests.tolerances import assert_bitwise
+
+CPUS = ["CPU:0", "CPU:1"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: tf.distribute.get_strategy(),
+        lambda: tf.distribute.OneDeviceStrategy("CPU:1"),
+        lambda: tf.distribute.MirroredStrategy(["CPU:0"]),
+        lambda: tf.distribute.MirroredStrategy(
+            CPUS, cross_device_ops=tf.distribute.ReductionToOneDevice()
+        ),
+        lambda: tf.distribute.MirroredStrategy(
+            CPUS, cross_device_ops=tf.distribute.ReductionToOneDevice(reduce_to_device="CPU:3")
+        ),
+        lambda: tf.distribute.MirroredStrategy(
+            CPUS, cross_device_ops=tf.distribute.HierarchicalCopyAllReduce()
+        ),
+    ],
+    ids=["none", "one device", "one mirror", "to one device", "to another", "copies"],
+)
+def test_served(kit, make):
+    strategy = make()
+    model = build(kit, strategy)
+    recorder, *_ = fit(kit, model, epochs=5)
+    assert_exact(kit, model, recorder, [2, 3, 4])
+
+
+def test_central_storage_is_refused(kit):
+    strategy = tf.distribute.experimental.CentralStorageStrategy(CPUS, "CPU:0")
+    model = build(kit, strategy, norm=False)
+    before = model.get_weights()
+    with pytest.raises(ValueError, match=r"its own copy of the weights.*CentralStorage"):
+        fit(kit, model, epochs=5)
+    assert_bitwise(model.get_weights(), before)
