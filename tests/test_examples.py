@@ -79,8 +79,7 @@ def test_the_seeds_examples_run(kit, schedule, capsys):
 
 @pytest.mark.parametrize("legacy", ["0", "1"])
 def test_the_readmes_example_runs(legacy, pytestconfig):
-    readme = (pytestconfig.rootpath / "README.md").read_text()
-    example = re.search(r"```python\n(.*?)```", readme, re.DOTALL).group(1)
+    example = readme_blocks(pytestconfig.rootpath)[0]
     check = f"""
 assert keras.Model.__module__.startswith({"keras." if legacy == "0" else "tf_keras."!r})
 assert swa.n_averaged == 5
@@ -96,3 +95,42 @@ assert len(model.history.history["learning_rate"]) == 20
     )
     assert result.returncode == 0, result.stderr[-4000:]
     assert "Epoch 00020: running forward pass to adjust batch normalization" in result.stdout
+
+
+def readme_blocks(root):
+    return re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+
+
+def test_the_readmes_plan_is_what_it_prints(kit, pytestconfig, capsys):
+    example = next(b for b in readme_blocks(pytestconfig.rootpath) if ".plan(" in b)
+    exec(example, {"SWA": kit.SWA})
+    readme = (pytestconfig.rootpath / "README.md").read_text()
+    shown = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
+    assert shown in readme
+
+
+def test_the_kaggle_kernel_runs_and_is_what_the_readme_shows(pytestconfig, tmp_path):
+    kernel = (pytestconfig.rootpath / "scripts" / "kaggle_kernel.py").read_text()
+    (shown,) = (b for b in readme_blocks(pytestconfig.rootpath) if "find_strategy" in b)
+    assert shown in kernel
+    shorter = kernel.replace("EPOCHS, START, BATCH = 20, 15, 16", "EPOCHS, START, BATCH = 4, 2, 16")
+    assert shorter != kernel
+    result = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning:swa_dist", "-c", shorter],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert "MirroredStrategy, 4 replicas, batches of 64" in result.stdout
+    assert "The average of 2 epochs is right on" in result.stdout
+    assert (tmp_path / "model.keras").is_file()
+
+
+def test_the_schedules_are_drawn(pytestconfig, tmp_path):
+    output = tmp_path / "drawn.png"
+    script = pytestconfig.rootpath / "scripts" / "plot_schedules.py"
+    command = [sys.executable, "-X", "importtime", str(script), "--output", str(output)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert output.read_bytes()[:4] == b"\x89PNG"
+    assert "lr_schedule='cyclic'" in result.stdout
+    assert "tensorflow" not in result.stderr
