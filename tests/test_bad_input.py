@@ -85,7 +85,7 @@ def test_a_tensor_is_not_taken_for_a_number(kit):
         ),
         (
             {"lr_schedule": "cyclic", "swa_freq": np.int64(1)},
-            "swa_freq", "an integer >= 2 with lr_schedule='cyclic'", "swa_freq=np.int64(1)",
+            "swa_freq", "an integer >= 2 with lr_schedule='cyclic'", f"swa_freq={np.int64(1)!r}",
         ),
         (
             {"swa_lr": 0.01},

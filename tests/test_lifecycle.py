@@ -293,9 +293,11 @@ def batches_of(epochs):
 
 
 @ran_out
-def test_a_pass_over_less_data_has_the_statistics_of_that(kit):
-    model = build(kit)
-    recorder, *_ = fit(kit, model, epochs=5, fed=batches_of([3, 3, 3, 3, 2]))
+def test_a_pass_over_less_data_ends_with_it_and_has_its_statistics(kit):
+    model, seen = build(kit), []
+    look = at(kit, 5, lambda model: seen.extend(model.get_weights()))
+    recorder, *_ = fit(kit, model, before=[look], epochs=5, fed=batches_of([3, 3, 3, 3, 2]))
+    assert_bitwise(seen, model.get_weights())
     assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][:16]))
 
 

@@ -67,7 +67,28 @@ def test_a_model_compiled_anew_between_epochs(kit, two_replicas):
     recorder, *_ = fit(kit, model, before=[at(kit, 3, act, "on_epoch_begin")], epochs=5)
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
     assert_mean(kit.statistics(norm_of(model))[0], rows(data()[0]).mean(0), 1)
+    assert recorder.batch_rates[-1] == [0.0] * 3
     assert kit.rate(model) == pytest.approx(2 * RATE)
+
+
+def test_weights_that_others_put_in_place_at_the_beginning_of_the_pass_give_way(kit, two_replicas):
+    layers = kit.keras.layers
+    with two_replicas.scope():
+        stack = [layers.Dense(4), layers.BatchNormalization(), layers.Dense(1)]
+        model = kit.keras.Sequential([layers.Input((3,)), *stack])
+        model.compile(kit.keras.optimizers.SGD(1e-3), "mse", jit_compile=False)
+
+    def double(model):
+        for variable in model.trainable_variables:
+            variable.assign(2 * variable)
+
+    recorder, *_ = fit(kit, model, after=[at(kit, 5, double, "on_epoch_begin")], epochs=5)
+    kernel, bias, *_ = average = recorder.mean(2, 3, 4)
+    assert_weights(kit.trainable(model), average)
+    seen = data()[0].astype(np.float64) @ kernel + bias
+    mean, variance = kit.statistics(norm_of(model))
+    np.testing.assert_allclose(mean, seen.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(variance, seen.var(0), rtol=1e-5)
 
 
 def freezing(kit, trainable, at_first):

@@ -8,6 +8,7 @@
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -97,7 +98,11 @@ def main(directory, scenario, n_devices):
     fed = strategy.distribute_datasets_from_function(dataset)
     recorder, swa = kit.Recorder(), kit.SWA(START, "constant", swa_lr=0.02)
     if scenario == "keras3":
-        model.fit(fed, epochs=3, steps_per_epoch=STEPS, verbose=0, callbacks=[swa])
+        try:
+            model.fit(fed, epochs=3, steps_per_epoch=STEPS, verbose=0, callbacks=[swa])
+        except Exception:
+            traceback.print_exc()
+            os._exit(1)  # TensorFlow 2.16 would wait for the other worker
         return
     validation = tf.data.Dataset.from_tensor_slices(rows_of(7, 16)).batch(8)
     history = model.fit(
