@@ -1,9 +1,10 @@
 """Exact statistics of what batch normalization layers are fed, pooled over batches and replicas."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import tensorflow as tf
@@ -88,7 +89,7 @@ class BatchNormStatistics:
     """Count, mean and squared deviations of the rows that reach each layer.
 
     A row is one vector over the channel axes: an image of 28 x 28 pixels is 784 rows. While its
-    `observers` stand in for the layers' `call`, each replica accumulates the rows that it sees;
+    `observing` is open, each replica accumulates the rows that it sees;
     `pool` then gives the layers the mean and the population variance (divisor n) of all rows on
     all replicas.
 
@@ -135,28 +136,28 @@ class BatchNormStatistics:
         self._pool()
 
     @property
-    def saw_rows(self) -> bool:
-        """Whether, at the last `pool`, rows had reached any of the layers."""
-        return any(read(a.reached, self._strategy) for a in self._accumulators)
+    def unobserved(self) -> list[Any]:
+        """Layers that ran in training mode until the last `pool` without being observed."""
+        return [a.layer.layer for a in self._accumulators if read(a.unobserved, self._strategy)]
 
-    def observers(self) -> list[tuple[Any, str, Callable]]:
-        """Return (class, "call", function) for each class of layers: put them in place to observe.
+    @contextlib.contextmanager
+    def observing(self) -> Iterator[None]:
+        """Observe the layers while open.
 
-        The classes, not the layers: a subclass may hand its ancestor other inputs than its own.
-        Layers only where they have the class's `call` as an attribute, which hides it: tf_keras
-        leaves one behind when it saves a SavedModel.
+        It is their classes that are taken over: a subclass may hand its ancestor other inputs than
+        its own. A layer itself only where it has its class's `call` as an attribute, which hides
+        it: tf_keras leaves one behind when it saves a SavedModel.
         """
         accumulators = {id(a.layer.layer): a for a in self._accumulators}
-        bases = {a.layer.base for a in self._accumulators}
-        observed = {base: _observed(base, accumulators) for base in bases}
-        hidden = [
-            a.layer
-            for a in self._accumulators
-            if getattr(vars(a.layer.layer).get("call"), "__func__", None) is a.layer.base.call  # type: ignore[attr-defined]
-        ]
-        return [(base, "call", call) for base, call in observed.items()] + [
-            (of.layer, "call", MethodType(observed[of.base], of.layer)) for of in hidden
-        ]
+        with contextlib.ExitStack() as stack:
+            for base in {a.layer.base for a in self._accumulators}:
+                stack.enter_context(_observers(base, accumulators))
+            for layer in (a.layer for a in self._accumulators):
+                attributes = vars(layer.layer)
+                hiding = getattr(attributes.get("call"), "__func__", None)
+                if hiding is not None and hiding is _ORIGINALS.get(layer.base):
+                    stack.callback(attributes.__setitem__, "call", attributes.pop("call"))
+            yield
 
     def _begin_replica(self) -> None:
         for accumulator in self._accumulators:
@@ -244,6 +245,8 @@ class BatchNormAverage:
 
     def _copy_replica(self) -> None:
         for layer, count, average in zip(self._layers, self._counts, self._averages, strict=True):
+            if not layer.layer.trainable:  # frozen since
+                continue
             layer.assign(average[0], average[1], where=count > 0)
 
 
@@ -275,7 +278,7 @@ class _Accumulator:
         self.layer = layer
         self.dtype, channels = layer.dtype, layer.channels
         self.count = local_variable(tf.zeros([channels], tf.int64))
-        self.reached = local_variable(tf.zeros([], tf.int64))
+        self.unobserved = local_variable(tf.zeros([], tf.int64))
         self._high = local_variable(tf.zeros([2, channels], self.dtype))
         self._low = local_variable(tf.zeros([2, channels], self.dtype))
         self._before = [local_variable(tf.zeros(v.shape, v.dtype)) for v in layer.variables]
@@ -334,20 +337,56 @@ class _Accumulator:
         return self._high[1] + self._low[1]
 
     def assign(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
-        self.reached.assign(tf.cast(tf.reduce_any(count > 0), tf.int64))
+        # In training mode a layer moves its statistics, observed or not.
+        moved = tf.reduce_any(
+            [
+                tf.reduce_any(v != before)
+                for v, before in zip(self.layer.variables, self._before, strict=True)
+            ]
+        )
+        unobserved = tf.logical_and(moved, tf.reduce_all(count == 0))
+        self.unobserved.assign(tf.cast(unobserved, tf.int64))
         self.layer.assign(mean, variance, where=count > 0, otherwise=self._before)
 
 
-def _observed(base: type, accumulators: dict[int, _Accumulator]) -> Callable:
-    original: Callable = base.call  # type: ignore[attr-defined]
+# What observes the layers of a class, for as long as anything does, and the class's own `call`.
+# Several models may be in their BN pass at once, in threads of the user's.
+_OBSERVERS: dict[type, list[dict[int, _Accumulator]]] = {}
+_ORIGINALS: dict[type, Callable] = {}
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _observers(base: type, accumulators: dict[int, _Accumulator]) -> Iterator[None]:
+    with _LOCK:
+        if base not in _OBSERVERS:
+            _OBSERVERS[base] = []
+            _ORIGINALS[base] = vars(base)["call"]
+            base.call = _observed(base)  # type: ignore[attr-defined]
+        _OBSERVERS[base].append(accumulators)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            _OBSERVERS[base] = [o for o in _OBSERVERS[base] if o is not accumulators]
+            if not _OBSERVERS[base]:
+                base.call = _ORIGINALS.pop(base)  # type: ignore[attr-defined]
+                del _OBSERVERS[base]
+
+
+def _observed(base: type) -> Callable:
+    original = _ORIGINALS[base]
 
     # The signature stays visible: both Kerases look for `training` and `mask` in it.
     @functools.wraps(original)
     @tf.autograph.experimental.do_not_convert
     def call(self, inputs, training=None, mask=None):  # type: ignore[no-untyped-def]
-        accumulator = accumulators.get(id(self))
-        if accumulator and (tf.is_tensor(training) or training):
-            accumulator.add(inputs, mask if accumulator.layer.uses_mask else None, training)
+        if tf.is_tensor(training) or training:
+            for accumulators in _OBSERVERS.get(base, ()):
+                accumulator = accumulators.get(id(self))
+                if accumulator:
+                    used = mask if accumulator.layer.uses_mask else None
+                    accumulator.add(inputs, used, training)
         return original(self, inputs, training=training, mask=mask)
 
     return call

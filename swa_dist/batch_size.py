@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.replicas import ReplicaFunction, local_variable, read, sum_over_replicas
-from swa_dist.train_function import TrainFunction
+from swa_dist.train_function import TrainFunction, shadowed
 
 
 class CountingTrainFunction(TrainFunction):
@@ -34,7 +34,7 @@ class CountingTrainFunction(TrainFunction):
             self._count(data)
             return train_step(data)
 
-        super().__init__(model, [(model, "train_step", counted_train_step)])
+        super().__init__(model, lambda: shadowed([(model, "train_step", counted_train_step)]))
 
     @property
     def largest_batch(self) -> int:

@@ -1,7 +1,7 @@
 """The BN pass: an epoch of the user's own training step in which only BN statistics change."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
@@ -28,7 +28,7 @@ class BatchNormPass(TrainFunction):
     Gradients that nobody uses are not computed, so the step is a forward pass. The layers count
     and pool what reaches them (see `BatchNormStatistics`).
 
-    The end of the data is a `finish`. If the step or the data fails, all is put back at once. If
+    If the step or the data fails, all is put back at once. If
     anything else ends `fit` before `finish`, it is put back when the model is next about to train.
 
     Args:
@@ -39,6 +39,8 @@ class BatchNormPass(TrainFunction):
         set_weights: Gives the model the weights for which the statistics are to hold. It is called
             where others may have put other weights: callbacks that swap them at the beginning of
             an epoch, a training step that writes them by other means than an optimizer.
+        untraced: Shadows under which everything runs as Python while the step is traced. A graph
+            that was traced before would run as it did in training, unobserved.
 
     Distribution:
         All methods in cross-replica context, on every worker.
@@ -51,30 +53,35 @@ class BatchNormPass(TrainFunction):
         optimizers: Sequence[Any],
         learning_rate: LearningRate,
         set_weights: Callable[[], None],
+        untraced: Sequence[Shadow] = (),
     ) -> None:
         self._learning_rate = learning_rate
         self._set_weights = set_weights
         self._statistics = BatchNormStatistics(layers, model.distribute_strategy)
         self._rate: float | None = None
         self._taken_over = contextlib.ExitStack()
-        self._running = self._began = False
+        self._running = self._stepped = self._settled = False
         self.delivered = False
-        super().__init__(
-            model,
-            [
-                *self._statistics.observers(),
-                # A Batch Renormalization layer corrects towards running statistics that belong to
-                # other weights. Without the correction it is plain batch normalization.
-                *((layer.layer, "renorm", False) for layer in layers if layer.renorm),
-                *(shadow for optimizer in optimizers for shadow in _standing_still(optimizer)),
-            ],
-        )
+        self.unobserved: list[Any] = []
+        shadows = [
+            # A Batch Renormalization layer corrects towards running statistics that belong to
+            # other weights. Without the correction it is plain batch normalization.
+            *((layer.layer, "renorm", False) for layer in layers if layer.renorm),
+            *(shadow for optimizer in optimizers for shadow in _standing_still(optimizer)),
+            *untraced,
+        ]
+
+        @contextlib.contextmanager
+        def surroundings() -> Iterator[None]:
+            with shadowed(shadows), self._statistics.observing():
+                yield
+
+        super().__init__(model, surroundings)
 
     def begin(self) -> None:
         """Take over the model's train function, and its learning rate."""
         self._set_weights()
         self._statistics.begin()
-        self._rate = self._learning_rate.read()
         # Both Kerases call this before anything else when a model is about to train. Only a `fit`
         # that was cut short still has it then.
         self._taken_over.enter_context(
@@ -82,30 +89,31 @@ class BatchNormPass(TrainFunction):
         )
         self._running = True
         self.install()
-        self._learning_rate.write(0.0)
+        self._hold_learning_rate()
 
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step. Keras calls this."""
         try:
-            if not self._began:
-                self._began = True
+            if self._settled or not self._stepped:
+                self._settled = False
                 self._set_weights()
                 self._hold_learning_rate()
-            return super().__call__(iterator)
+            result = super().__call__(iterator)
+            self._stepped = True
         except (StopIteration, tf.errors.OutOfRangeError):
-            self.finish()
+            self.settle()
             raise  # the way in which Keras learns that the data is at its end
         except BaseException:
             self._fail()
             raise
+        return result
 
-    def finish(self) -> None:
-        """Give the BN layers their statistics, and the model back what was taken over.
+    def settle(self) -> None:
+        """Give the BN layers the statistics of what they have seen, and the learning rate back.
 
-        `delivered` then tells whether the layers have new statistics: whether rows reached them,
-        and nothing ended the pass before. A second call does nothing.
+        It is for the end of the data, or what is taken for it. If more comes, the pass goes on.
         """
-        if not self._running:
+        if not self._running or self._settled:
             return
         try:
             self._statistics.pool()
@@ -113,8 +121,20 @@ class BatchNormPass(TrainFunction):
         except BaseException:
             self._fail()
             raise
-        self._put_back()
-        self.delivered = self._statistics.saw_rows
+        self._release_learning_rate()
+        self._settled = True
+
+    def finish(self) -> None:
+        """Settle, and give the model back what was taken over. A second call does nothing.
+
+        `delivered` then tells whether there was a batch, and nothing ended the pass before;
+        `unobserved` has the layers that ran in training mode where they could not be observed.
+        """
+        if self._running:
+            self.settle()
+            self._put_back()
+            self.delivered = self._stepped
+            self.unobserved = self._statistics.unobserved
 
     def deliver_again(self) -> None:
         """Give the BN layers the statistics of `finish` once more."""
@@ -127,6 +147,11 @@ class BatchNormPass(TrainFunction):
             self._rate = scheduled
             self._learning_rate.write(0.0)
 
+    def _release_learning_rate(self) -> None:
+        # A rate that is not 0 was set since, by somebody who knew.
+        if self._rate is not None and self._learning_rate.read() == 0.0:
+            self._learning_rate.write(self._rate)
+
     def _fail(self) -> None:
         try:
             self._statistics.restore()
@@ -137,9 +162,7 @@ class BatchNormPass(TrainFunction):
         self._running = False
         self._taken_over.close()
         self.uninstall()
-        # A rate that is not 0 was set since, by somebody who knew.
-        if self._rate is not None and self._learning_rate.read() == 0.0:
-            self._learning_rate.write(self._rate)
+        self._release_learning_rate()
 
     def _make_train_function(self, *args: Any, **kwargs: Any) -> Any:
         # The statistics stay: weights may have been loaded since.

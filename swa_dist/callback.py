@@ -82,6 +82,8 @@ class SWACallback(_Callback):
     flavour: ClassVar[Flavour]
     _average: Any  # a WeightAverage, and a BatchNormAverage, while a `fit` runs
     _bn_average: Any
+    _counts: Any  # a CountingTrainFunction, then
+    _learning_rate: Any  # an OptimizerLearningRate, then
     _plan: Plan
 
     # The parameters of each model's `fit` that is about to begin: they are one object for all
@@ -148,7 +150,7 @@ class SWACallback(_Callback):
         # Before any `on_train_begin`: there, BackupAndRestore sets the rate that a run had when it
         # was interrupted.
         self._learning_rate = self.flavour.learning_rate(model)
-        self._initial_rate = self._learning_rate.read() if self._learning_rate.settable else None
+        self._initial_rate = self._read_rate()
 
     def on_train_begin(self, logs: Any = None) -> None:
         model = self.model
@@ -170,7 +172,8 @@ class SWACallback(_Callback):
             self.arguments,
             epochs=self.params["epochs"],
             has_bn=bool(self.flavour.live_batch_norm(model)),
-            initial_rate=self._initial_rate,
+            # It reads 0 where a BN pass was cut short; by now it has been put back.
+            initial_rate=self._initial_rate or self._read_rate(),
             steps=self.params.get("steps"),
         )
         self._epoch = None
@@ -197,10 +200,10 @@ class SWACallback(_Callback):
         self._epoch = epoch
         if self._plan.is_start(epoch):
             self._say_of_epoch(epoch, "starting stochastic weight averaging")
-        if self._plan.is_bn_pass(epoch):
-            self._begin_bn_pass(epoch)
-        else:
+        if not self._plan.is_bn_pass(epoch):
             self._set_learning_rate(self._plan.learning_rate(epoch))
+        elif self.n_averaged:
+            self._begin_bn_pass(epoch)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         if self._epoch is not None and self._plan.changes_within(self._epoch):
@@ -208,9 +211,9 @@ class SWACallback(_Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         # Whoever looks at the model at the end of the last epoch, wherever in the list, is to find
-        # the final one. (Data of unknown length tells by its end.)
+        # the final one. More batches may come nevertheless: the data may have grown.
         if self._bn_pass and self._plan.steps and batch + 1 >= self._plan.steps:
-            self._bn_pass.finish()
+            self._bn_pass.settle()
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self._bn_pass:
@@ -225,7 +228,7 @@ class SWACallback(_Callback):
         self._learn_from_counts()
         rate = self._learning_rate.read()
         if logs is not None and rate is not None:
-            logs.setdefault("learning_rate", 0.0 if self._plan.is_bn_pass(epoch) else rate)
+            logs.setdefault("learning_rate", 0.0 if self._bn_pass else rate)
         self._mind_an_early_stop(epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
@@ -247,11 +250,19 @@ class SWACallback(_Callback):
             self._say_of_epoch(self._plan.epochs, _FINAL)
         elif self._bn_pass and self._bn_pass.delivered:
             self._bn_pass.deliver_again()
+            if self._bn_pass.unobserved:
+                names = ", ".join(repr(layer.name) for layer in self._bn_pass.unobserved)
+                self._warn(
+                    "The statistics of some batch normalization layers were not recomputed: "
+                    f"{names}. They run in a `tf.function` of your own, within the training step, "
+                    "which was traced before the BN pass. They hold the average of the snapshots' "
+                    "moving statistics. For exact ones, take that `tf.function` away: Keras "
+                    "compiles the whole step."
+                )
         else:
             why, remedy = (
                 (
-                    "no data reached the layers in the BN pass, or the model was trained in the "
-                    "midst of it",
+                    "there was no data in the BN pass, or the model was trained in the midst of it",
                     "let `fit` have data for one more epoch after the last snapshot",
                 )
                 if self._bn_pass
@@ -268,8 +279,9 @@ class SWACallback(_Callback):
                 f"which are not those of the averaged weights. For exact ones, {remedy}."
             )
         self._in_fit = False
-        # The buffers are as large as the weights.
-        self._average = self._bn_average = self._bn_pass = None
+        # The buffers are as large as the weights, and a callback without them can be pickled.
+        self._average = self._bn_average = self._bn_pass = self._counts = None
+        self._learning_rate = None
 
     @property
     def _end(self) -> str:
@@ -296,6 +308,7 @@ class SWACallback(_Callback):
     def _prepare_average(self) -> None:
         model, strategy = self.model, self.model.distribute_strategy
         self._average = WeightAverage(self.flavour.trainable_variables(model), strategy)
+        self._weight_names = self.flavour.weight_names(model)
         self._bn_average = BatchNormAverage(self.flavour.live_batch_norm(model), strategy)
 
     def _follow_changes(self) -> None:
@@ -333,8 +346,7 @@ class SWACallback(_Callback):
         self._warn(
             f"The weights at the end of epoch {epoch + 1} are not finite, and do not enter the "
             f"average, which has {n_averaged} snapshots. The first such weight is "
-            f"{self.flavour.weight_name(self.model, self._average.first_non_finite())!r}. Likely "
-            f"cause: {cause}."
+            f"{self._weight_names[self._average.first_non_finite()]!r}. Likely cause: {cause}."
         )
 
     def _mind_an_early_stop(self, epoch: int) -> None:
@@ -357,6 +369,7 @@ class SWACallback(_Callback):
             optimizers=self.flavour.optimizers(model),
             learning_rate=self._learning_rate,
             set_weights=self._average.copy_to_model,
+            untraced=self.flavour.untraced(model),
         )
         self._bn_pass.begin()
         self._say_of_epoch(epoch, "running forward pass to adjust batch normalization")
@@ -364,6 +377,9 @@ class SWACallback(_Callback):
     def _deliver_average(self) -> None:
         self._average.copy_to_model()
         self._bn_average.copy_to_model()
+
+    def _read_rate(self) -> float | None:
+        return self._learning_rate.read() if self._learning_rate.settable else None
 
     def _set_learning_rate(self, rate: float | None) -> None:
         if rate is not None:

@@ -1,8 +1,9 @@
 """What differs between the two Kerases, in one place."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import Any
 
 import tensorflow as tf
@@ -58,7 +59,10 @@ class Flavour:
         if not self.is_keras_3:
             return
         resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        jobs = resolver.cluster_spec().as_dict()
+        try:
+            jobs = resolver.cluster_spec().as_dict()
+        except (ValueError, TypeError, AttributeError):  # a strategy that needs it will say so
+            return
         if len(jobs.get("chief", [])) + len(jobs.get("worker", [])) > 1:
             warnings.warn(
                 "Keras 3 cannot train with several workers (seen with 3.15.1: `fit` under "
@@ -78,10 +82,19 @@ class Flavour:
         except ValueError:  # tf_keras, of a Sequential that was never called
             return []
 
-    def weight_name(self, model: Any, position: int) -> str:
-        """Return the name of one of a model's trainable variables, with its layer's."""
-        variable = model.trainable_variables[position]
-        return getattr(variable, "path", variable.name)
+    def weight_names(self, model: Any) -> list[str]:
+        """Return the names of a model's trainable variables, with those of their layers."""
+        return [getattr(v, "path", v.name) for v in model.trainable_variables]
+
+    def untraced(self, model: Any) -> list[tuple[Any, str, Any]]:
+        """Return shadows under which what a class has made a `tf.function` runs as Python."""
+        methods = [(layer, "call") for layer in _flatten_layers(model)] + [(model, "train_step")]
+        shadows = []
+        for owner, name in methods:
+            method = inspect.getattr_static(type(owner), name)
+            if hasattr(method, "python_function"):
+                shadows.append((owner, name, MethodType(method.python_function, owner)))
+        return shadows
 
     def live_batch_norm(self, model: Any) -> list[BatchNormLayer]:
         """Return the BN layers that training would update, nested and wrapped ones included."""

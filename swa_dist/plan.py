@@ -145,6 +145,12 @@ class Plan:
                 "such as a LearningRateSchedule; give the optimizer a number, or leave the "
                 "schedule to it",
             )
+        elif self.initial_rate <= 0:
+            _refuse(
+                self.arguments,
+                "lr_schedule",
+                "'manual' for an optimizer whose learning rate is 0: a schedule starts from it",
+            )
         if self.arguments.lr_schedule == "cyclic":
             _check_order(self.swa_lr, self.swa_lr2)
 
@@ -292,7 +298,8 @@ class Plan:
         if rate is None:
             return what, "yours"
         if self.changes_within(epoch):
-            cycle = f"{_number(self.swa_lr2)} to {_number(self.swa_lr)}"
+            ends = [_number(self.swa_lr2), _number(self.swa_lr)]
+            cycle = " to ".join(dict.fromkeys(ends))
             batches = f" of {self.steps} batches" if self.steps else ""
             return what, f"{cycle} in {self.swa_freq} epochs{batches}"
         share = schedules.annealed(epoch + 1, self.start_epoch, initial_rate=1.0, swa_lr=0.0)

@@ -1,7 +1,8 @@
 """Train functions of a model that run its own training step in changed surroundings."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 Shadow = tuple[Any, str, Any]
@@ -11,25 +12,26 @@ _NAMES = ("train_function", "train_tf_function")
 
 
 class TrainFunction:
-    """A train function of `model` that runs while some attributes are shadowed.
+    """A train function of `model` that runs in changed surroundings.
 
     It is built by the model's own `make_train_function` and takes and returns what that one's
-    does. The shadows are in place only while it is built and while it runs, tracing included: with
-    each return, and each exception, all is as it was. They lie outside `strategy.run`, whose
-    replicas are threads that would interleave.
+    does. The surroundings are changed only while it is built and while it runs, tracing included:
+    with each return, and each exception, all is as it was. They are changed outside `strategy.run`,
+    whose replicas are threads that would interleave.
 
     Args:
         model: A compiled Keras model. It keeps the train function that it has.
-        shadows: (object, name, value) for each attribute that is to be another one. A value
-            shadows what the object's class defines, and is not tracked by Keras.
+        surroundings: Returns a context manager that changes the surroundings while it is open.
     """
 
-    def __init__(self, model: Any, shadows: Sequence[Shadow]) -> None:
+    def __init__(
+        self, model: Any, surroundings: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._model = model
-        self._shadows = list(shadows)
+        self._surroundings = surroundings
         before = _train_functions(model)
         try:
-            with shadowed(self._shadows):
+            with surroundings():
                 # Not force=True: a user's own make_train_function need not have it.
                 vars(model)["train_function"] = None
                 self._function: Callable = model.make_train_function() or model.train_function
@@ -40,7 +42,7 @@ class TrainFunction:
 
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step on the iterator's next batches."""
-        with shadowed(self._shadows):
+        with self._surroundings():
             return self._function(iterator)
 
     def __getattr__(self, name: str) -> Any:
@@ -65,14 +67,15 @@ def _train_functions(model: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def shadowed(shadows: Sequence[Shadow]) -> Iterator[None]:
-    """Shadow attributes of objects, and own ones of classes, and uncover them on leaving."""
+def shadowed(shadows: Iterable[Shadow]) -> Iterator[None]:
+    """Shadow attributes of objects while open.
+
+    Args:
+        shadows: (object, name, value) for each attribute that is to be another one. A value
+            shadows what the object's class defines, and is not tracked by Keras.
+    """
     with contextlib.ExitStack() as stack:
         for owner, name, value in shadows:
-            if isinstance(owner, type):
-                stack.callback(setattr, owner, name, vars(owner)[name])
-                setattr(owner, name, value)
-                continue
             attributes: dict[str, Any] = owner.__dict__  # past Keras's __setattr__, which tracks
             if name in attributes:
                 stack.callback(attributes.__setitem__, name, attributes[name])

@@ -7,7 +7,6 @@ import pytest
 import tensorflow as tf
 
 from swa_dist.batch_norm import BatchNormAverage, BatchNormLayer, BatchNormStatistics
-from swa_dist.train_function import shadowed
 from tests.conftest import mirrored
 from tests.kits import rows
 from tests.tolerances import assert_mean, assert_variance
@@ -17,6 +16,8 @@ def layer(channels, shape=None, dtype="float32", **arguments):
     """A stand-in for a Keras layer: only what is observed of one."""
 
     class Layer:
+        trainable = True
+
         def call(self, inputs, training=None, mask=None):
             return inputs
 
@@ -40,7 +41,7 @@ def run(strategy, norm, batches, jit_compile=False, training=True, mask=None):
         strategy.run(lambda x: norm.layer.call(x, training=training, mask=mask), args=(batch,))
 
     statistics.begin()
-    with shadowed(statistics.observers()):
+    with statistics.observing():
         for batch in batches:
             values = strategy.experimental_distribute_values_from_function(
                 lambda context, batch=batch: tf.constant(batch[context.replica_id_in_sync_group])
@@ -181,7 +182,7 @@ def test_inputs_of_unknown_shape():
         input_signature=[tf.TensorSpec(None, tf.float32)],
     )
     statistics.begin()
-    with shadowed(statistics.observers()):
+    with statistics.observing():
         for batch in np.split(x, [7, 20]):
             step(batch)
     statistics.pool()
@@ -264,7 +265,7 @@ def test_several_layers_and_several_calls_are_kept_apart(two_replicas):
         two_replicas.run(calls)
 
     statistics.begin()
-    with shadowed(statistics.observers()):
+    with statistics.observing():
         step()
     statistics.pool()
     for norm, seen in ((first, np.concatenate([a, b])), (second, c)):

@@ -227,6 +227,19 @@ def test_validation_and_checkpoints_of_the_last_epoch_are_of_the_final_model(
     assert kit.rate(saved) == pytest.approx(0.05)
 
 
+def test_the_model_gets_back_what_it_trained_with(kit):
+    def functions(model):
+        return [vars(model).get(name) for name in ("train_function", "train_tf_function")]
+
+    model, before = build(kit), []
+    keep = kit.keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: before.append(functions(model))
+    )
+    fit(kit, model, ([], [keep]))
+    assert all(a is b for a, b in zip(functions(model), before[2], strict=True))
+    assert all(a is b for a, b in zip(functions(model), before[3], strict=True))
+
+
 class AccidentError(Exception):
     pass
 

@@ -10,7 +10,6 @@ import tensorflow as tf
 import swa_dist
 from swa_dist.batch_norm import BatchNormAverage, BatchNormStatistics
 from swa_dist.batch_size import CountingTrainFunction
-from swa_dist.train_function import shadowed
 from swa_dist.weight_average import WeightAverage
 from tests.test_batch_norm import layer
 from tests.test_lifecycle import NO_STRATEGY, assert_exact, build, data, fit
@@ -30,7 +29,7 @@ def device_functions(kit):
     yield "rows: restore", statistics._restore_replica, ()
 
     def observe(x):
-        with shadowed(statistics.observers()):
+        with statistics.observing():
             norm.layer.call(x, training=True)
 
     yield "rows: observe", observe, (tf.ones([300, 3]),)

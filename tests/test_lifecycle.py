@@ -306,7 +306,7 @@ def test_a_pass_without_data_leaves_the_average_and_says_so(kit):
     model = build(kit)
     kept = Statistics(kit, 2, 3, 4)
     fed = batches_of([3, 3, 3, 3, 0])
-    with pytest.warns(UserWarning, match="no data reached the layers in the BN pass"):
+    with pytest.warns(UserWarning, match="there was no data in the BN pass"):
         recorder, *_ = fit(kit, model, before=[kept.callback], epochs=5, fed=fed)
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
     kept.assert_averaged(kit, model)
