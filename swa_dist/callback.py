@@ -84,6 +84,7 @@ class SWACallback(_Callback):
     _bn_average: Any
     _counts: Any  # a CountingTrainFunction, then
     _learning_rate: Any  # an OptimizerLearningRate, then
+    _initial_rate: float | None
     _plan: Plan
 
     # The parameters of each model's `fit` that is about to begin: they are one object for all
@@ -168,11 +169,12 @@ class SWACallback(_Callback):
                 "batch, or `build` it, before `fit`."
             )
         check_strategy(model.distribute_strategy, variables)
+        self._learning_rate = self.flavour.learning_rate(model)
         self._plan = Plan(
             self.arguments,
             epochs=self.params["epochs"],
             has_bn=bool(self.flavour.live_batch_norm(model)),
-            # It reads 0 where a BN pass was cut short; by now it has been put back.
+            # It reads 0 where a BN pass was cut short; by now that has been put back.
             initial_rate=self._initial_rate or self._read_rate(),
             steps=self.params.get("steps"),
         )
@@ -281,7 +283,7 @@ class SWACallback(_Callback):
         self._in_fit = False
         # The buffers are as large as the weights, and a callback without them can be pickled.
         self._average = self._bn_average = self._bn_pass = self._counts = None
-        self._learning_rate = None
+        self._learning_rate = self._initial_rate = None
 
     @property
     def _end(self) -> str:
