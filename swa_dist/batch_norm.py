@@ -136,6 +136,11 @@ class BatchNormStatistics:
         self._pool()
 
     @property
+    def saw_rows(self) -> bool:
+        """Whether, at the last `pool`, rows had reached any of the layers."""
+        return any(read(a.reached, self._strategy) for a in self._accumulators)
+
+    @property
     def unobserved(self) -> list[Any]:
         """Layers that ran in training mode until the last `pool` without being observed."""
         return [a.layer.layer for a in self._accumulators if read(a.unobserved, self._strategy)]
@@ -278,6 +283,7 @@ class _Accumulator:
         self.layer = layer
         self.dtype, channels = layer.dtype, layer.channels
         self.count = local_variable(tf.zeros([channels], tf.int64))
+        self.reached = local_variable(tf.zeros([], tf.int64))
         self.unobserved = local_variable(tf.zeros([], tf.int64))
         self._high = local_variable(tf.zeros([2, channels], self.dtype))
         self._low = local_variable(tf.zeros([2, channels], self.dtype))
@@ -337,6 +343,7 @@ class _Accumulator:
         return self._high[1] + self._low[1]
 
     def assign(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
+        self.reached.assign(tf.cast(tf.reduce_any(count > 0), tf.int64))
         # In training mode a layer moves its statistics, observed or not.
         moved = tf.reduce_any(
             [

@@ -28,8 +28,8 @@ class BatchNormPass(TrainFunction):
     Gradients that nobody uses are not computed, so the step is a forward pass. The layers count
     and pool what reaches them (see `BatchNormStatistics`).
 
-    If the step or the data fails, all is put back at once. If
-    anything else ends `fit` before `finish`, it is put back when the model is next about to train.
+    If the step or the data fails, all is put back at once. If anything else ends `fit` before
+    `finish`, it is put back when the model is next about to train.
 
     Args:
         model: A compiled Keras model.
@@ -133,7 +133,8 @@ class BatchNormPass(TrainFunction):
         if self._running:
             self.settle()
             self._put_back()
-            self.delivered = self._stepped
+            # The data may end within the first execution of several steps.
+            self.delivered = self._stepped or self._statistics.saw_rows
             self.unobserved = self._statistics.unobserved
 
     def deliver_again(self) -> None:

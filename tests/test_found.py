@@ -156,6 +156,19 @@ def test_data_of_unknown_length_leaves_the_optimizer_alone_at_the_end_of_the_pas
     assert_exact(kit, model, recorder, [2, 3, 4])
 
 
+@ran_out
+def test_a_pass_that_ends_within_one_execution_of_the_step(kit):
+    model = build(kit)
+    optimizer = kit.keras.optimizers.SGD(RATE, momentum=0.9)
+    model.compile(optimizer, "mse", jit_compile=False, steps_per_execution=8)
+    x, y = data()
+    whole = tf.data.Dataset.from_tensor_slices((x, y)).batch(3).repeat(4)
+    rest = tf.data.Dataset.from_tensor_slices((x[:9], y[:9])).batch(3)
+    fed = whole.concatenate(rest)
+    recorder, *_ = fit(kit, model, epochs=5, fed=fed, steps_per_epoch=8)
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(x[:9]))
+
+
 def test_a_sequence_that_grows_is_seen_whole_in_the_pass(kit):
     base = kit.keras.utils.PyDataset if kit.name == "keras3" else kit.keras.utils.Sequence
 
