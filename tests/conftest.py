@@ -1,5 +1,6 @@
 """Virtual devices, before anything else uses TensorFlow; and the two Kerases as fixtures."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -22,6 +23,10 @@ def kit(request: pytest.FixtureRequest) -> Kit:
     """One Keras after the other."""
     kit: Kit = request.param
     kit.keras.backend.clear_session()
+    # Keras keeps a graph of each model alive. To look through them all again and again for garbage
+    # would take as long as the tests.
+    gc.collect()
+    gc.freeze()
     kit.keras.utils.set_random_seed(7)
     return kit
 
