@@ -89,9 +89,8 @@ class BatchNormStatistics:
     """Count, mean and squared deviations of the rows that reach each layer.
 
     A row is one vector over the channel axes: an image of 28 x 28 pixels is 784 rows. While its
-    `observing` is open, each replica accumulates the rows that it sees;
-    `pool` then gives the layers the mean and the population variance (divisor n) of all rows on
-    all replicas.
+    `observing` is open, each replica accumulates the rows that it sees; `pool` then gives the
+    layers the mean and the population variance (divisor n) of all rows on all replicas.
 
     Batches and replicas are combined with the pairwise update of Chan et al., in which a batch
     enters with its own count, so uneven batches weigh what they should and empty ones nothing.

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tests.conftest import mirrored
 from tests.kits import KITS, rows
+from tests.test_bn_pass import data
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 EPOCHS, STEPS, RATE = 5, 3, 0.05
@@ -21,12 +22,6 @@ FORMATS = ["model.keras", "only.weights.h5"]
 def order(request):
     """Where in the list the other callback stands, as seen from SWA."""
     return request.param
-
-
-def data(n=24, seed=0):
-    rng = np.random.default_rng(seed)
-    x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
-    return x, rng.normal(size=(n, 1)).astype("float32")
 
 
 def build(kit, strategy=None, **optimizer_arguments):

@@ -188,7 +188,6 @@ def test_a_sequence_that_grows_is_seen_whole_in_the_pass(kit):
             self.length = min(self.length + 1, 6)
 
     model = build(kit)
-    model.run_eagerly = False
     tap = []
     count = kit.keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: tap.append(0),

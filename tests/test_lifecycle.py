@@ -6,18 +6,12 @@ import tensorflow as tf
 
 from tests.conftest import mirrored
 from tests.kits import rows
+from tests.test_bn_pass import NO_STRATEGY, data
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
-NO_STRATEGY = tf.distribute.get_strategy()
 RATE = 0.05
 
 ran_out = pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3's own
-
-
-def data(n=24, seed=0):
-    rng = np.random.default_rng(seed)
-    x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
-    return x, rng.normal(size=(n, 1)).astype("float32")
 
 
 def build(kit, strategy=NO_STRATEGY, norm=True):
@@ -133,24 +127,24 @@ def test_whatever_stops_training_is_seen_in_time(kit, two_replicas, hook):
     assert_exact(kit, model, recorder, range(2, 5))
 
 
-def test_keras_early_stopping_stops_and_its_best_weights_give_way(kit, two_replicas):
-    # A loss that does not improve by 1000 stops after `patience` epochs: at the end of epoch 4.
-    stopping = kit.keras.callbacks.EarlyStopping(
+def early_stopping(kit):
+    """A loss that does not improve by 1000 stops after `patience` epochs: at the end of epoch 4."""
+    return kit.keras.callbacks.EarlyStopping(
         "loss", patience=3, min_delta=1e3, restore_best_weights=True
     )
+
+
+def test_keras_early_stopping_stops_and_its_best_weights_give_way(kit, two_replicas):
     model = build(kit, two_replicas)
-    recorder, _, history = fit(kit, model, before=[stopping])
+    recorder, _, history = fit(kit, model, before=[early_stopping(kit)])
     assert len(history["loss"]) == 5
     assert_exact(kit, model, recorder, range(2, 5))
 
 
 def test_best_weights_restored_after_swa_win(kit, two_replicas):
-    stopping = kit.keras.callbacks.EarlyStopping(
-        "loss", patience=3, min_delta=1e3, restore_best_weights=True
-    )
     model = build(kit, two_replicas)
     with pytest.warns(UserWarning, match="put such a callback before SWA"):
-        recorder, *_ = fit(kit, model, after=[stopping])
+        recorder, *_ = fit(kit, model, after=[early_stopping(kit)])
     assert_bitwise(kit.trainable(model), recorder.weights[0])
 
 
