@@ -10,7 +10,13 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.moments import moments, two_sum
-from swa_dist.replicas import ReplicaFunction, local_variable, read, sum_over_replicas
+from swa_dist.replicas import (
+    ReplicaFunction,
+    Untracked,
+    local_variable,
+    read,
+    sum_over_replicas,
+)
 
 
 @dataclass(frozen=True)
@@ -188,7 +194,7 @@ class BatchNormStatistics:
             a.assign(total, mean, tf.math.divide_no_nan(square, total))
 
 
-class BatchNormAverage:
+class BatchNormAverage(tf.Module):
     """Average of the statistics that BN layers had at each `update`.
 
     It stands in where nothing better is at hand: the statistics of data seen through averaged
@@ -207,14 +213,23 @@ class BatchNormAverage:
     """
 
     def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
-        self._layers = list(layers)
+        super().__init__()
+        self._layers = Untracked(layers)
         with strategy.scope():
-            self._counts = [local_variable(tf.zeros([], tf.int64)) for _ in layers]
-            self._averages = [
+            self.counts = [local_variable(tf.zeros([], tf.int64)) for _ in layers]
+            self.averages = [
                 local_variable(tf.zeros([2, layer.channels], layer.dtype)) for layer in layers
             ]
         self._update = ReplicaFunction(self._update_replica, strategy)
         self._copy = ReplicaFunction(self._copy_replica, strategy)
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """What each layer is, in words: averages of other layers cannot be taken up."""
+        return {
+            f"BN layer {i}": f"{layer.channels} channels, {layer.dtype.name}"
+            for i, layer in enumerate(self._layers, 1)
+        }
 
     def update(self) -> None:
         """Take the layers' present statistics into the average."""
@@ -240,7 +255,7 @@ class BatchNormAverage:
         # the order, and that on one replica only.
         variances, _ = mean_of([s[1] + tf.square(d) for s, d in zip(own, deviations, strict=True)])
         for count, average, n, mean, variance in zip(
-            self._counts, self._averages, voters, means, variances, strict=True
+            self.counts, self.averages, voters, means, variances, strict=True
         ):
             count.assign_add(tf.cast(n > 0, tf.int64))
             step = tf.stack([mean, variance]) - average
@@ -248,7 +263,7 @@ class BatchNormAverage:
             average.assign_add(tf.where(n > 0, step, tf.zeros_like(step)))
 
     def _copy_replica(self) -> None:
-        for layer, count, average in zip(self._layers, self._counts, self._averages, strict=True):
+        for layer, count, average in zip(self._layers, self.counts, self.averages, strict=True):
             if not layer.layer.trainable:  # frozen since
                 continue
             layer.assign(average[0], average[1], where=count > 0)

@@ -1,17 +1,19 @@
 """The SWA callback, for any Keras: its hooks, in the order in which training calls them."""
 
+import os
 import warnings
 from collections.abc import MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
+from swa_dist.backup import Backup, BackupError
 from swa_dist.batch_norm import BatchNormAverage
 from swa_dist.batch_size import CountingTrainFunction
 from swa_dist.bn_pass import BatchNormPass
 from swa_dist.flavour import Flavour
-from swa_dist.plan import Arguments, Plan
-from swa_dist.replicas import check_strategy
+from swa_dist.plan import Arguments, Plan, listed
+from swa_dist.replicas import check_strategy, is_chief
 from swa_dist.weight_average import WeightAverage
 
 if TYPE_CHECKING:  # at run time a binding puts its Keras's Callback here
@@ -53,6 +55,10 @@ class SWACallback(_Callback):
         batch_size: Global batch size, if you want to be warned when training feeds another. It is
             never needed.
         verbose: 1 prints a line when averaging begins and when the model takes the average.
+        backup_dir: Folder in which the average is kept while `fit` runs, so that a run that was
+            killed can go on with it. The model itself is resumed by other means:
+            `BackupAndRestore`, or `initial_epoch` and saved weights. Several workers share the
+            folder. It is removed when `fit` has finished.
 
     Attributes:
         n_averaged: Number of snapshots in the average.
@@ -63,6 +69,7 @@ class SWACallback(_Callback):
         ValueError: An argument, or the model's optimizer, does not allow what is asked. Raised at
             construction or at the beginning of `fit`, before the first batch.
         TypeError: The model belongs to another Keras.
+        OSError: `backup_dir` cannot be written to, or another run uses it.
 
     Distribution:
         Works with `fit` under the model's strategy. Create the model under its `scope()`; the
@@ -104,10 +111,12 @@ class SWACallback(_Callback):
         swa_freq: int = 1,
         batch_size: int | None = None,
         verbose: int = 0,
+        *,
+        backup_dir: str | os.PathLike | None = None,
     ) -> None:
         super().__init__()
         self.arguments = Arguments(
-            start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose
+            start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose, backup_dir
         )
         # Here, as Keras 3 fails before it calls a callback for the first time.
         self.flavour.warn_of_several_workers()
@@ -115,6 +124,7 @@ class SWACallback(_Callback):
         self.inferred_batch_size: int | None = None
         self._epoch: int | None = None
         self._bn_pass: BatchNormPass | None = None
+        self._backup: Backup | None = None
         self._in_fit = False
 
     def plan(
@@ -178,6 +188,12 @@ class SWACallback(_Callback):
             initial_rate=self._initial_rate or self._read_rate(),
             steps=self.params.get("steps"),
         )
+        self._backup = None
+        if self.arguments.backup_dir is not None:
+            self._backup = Backup(self.arguments.backup_dir, is_chief(model.distribute_strategy))
+            self._backup.open()
+        self._saved: dict[str, Any] = {}
+        self._updates_per_epoch: int | None = None
         self._epoch = None
         self._bn_pass = None
         self._in_fit = True
@@ -195,11 +211,11 @@ class SWACallback(_Callback):
         self._check_in_fit()
         self._beginning.pop(self.model, None)
         if self._epoch is None:
-            self._plan.check_first_epoch(epoch)
-            self._prepare()
+            self._begin(epoch)
         elif not self._bn_pass:
             self._follow_changes()
         self._epoch = epoch
+        self._updates = self.flavour.updates(self.model) if self._backup else None
         if self._plan.is_start(epoch):
             self._say_of_epoch(epoch, "starting stochastic weight averaging")
         if not self._plan.is_bn_pass(epoch):
@@ -232,8 +248,17 @@ class SWACallback(_Callback):
         if logs is not None and rate is not None:
             logs.setdefault("learning_rate", 0.0 if self._bn_pass else rate)
         self._mind_an_early_stop(epoch)
+        self._save_if_possible(epoch)
 
     def on_train_end(self, logs: Any = None) -> None:
+        if self._epoch is None and self._backup:
+            # All epochs were over when this run began, and the one before was killed later still.
+            self._begin(self._plan.epochs)
+            if self.n_averaged:
+                self._average.copy_to_model()  # the BN pass is over, too
+                self._say(_FINAL)
+                self._end_fit()
+                return
         # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores earlier
         # weights, has just put others there.
         if self.n_averaged:
@@ -280,7 +305,13 @@ class SWACallback(_Callback):
                 f"the average of {self.n_averaged} snapshots, and of their moving statistics, "
                 f"which are not those of the averaged weights. For exact ones, {remedy}."
             )
+        self._end_fit()
+
+    def _end_fit(self) -> None:
         self._in_fit = False
+        if self._backup:
+            self._backup.remove()
+        self._backup = None
         # The buffers are as large as the weights, and a callback without them can be pickled.
         self._average = self._bn_average = self._bn_pass = self._counts = None
         self._learning_rate = self._initial_rate = None
@@ -295,6 +326,138 @@ class SWACallback(_Callback):
                 "This SWA has served another `fit` while this one was running. Give each `fit` "
                 "that runs at the same time an SWA of its own."
             )
+
+    def _begin(self, epoch: int) -> None:
+        """Begin with an epoch, or behind the last: from the start, or where a run was killed."""
+        self._prepare()
+        over = self._resume(epoch)
+        missed = self._plan.snapshots(over, epoch)
+        if missed == [epoch - 1] and self._whole_epochs_since(over, epoch):
+            # Whoever saved the model did so before the callback, and the kill came in between:
+            # these are the weights.
+            self._take_snapshot(epoch - 1)
+            missed = []
+        if missed and self._backup:
+            there = ", ".join(map(str, self._backup.epochs)) or "none"
+            raise ValueError(
+                f"`backup_dir` must have the average as it was before epoch {epoch + 1}. Received: "
+                f"{self._backup.folder!r}, which has it as it was after these epochs: {there}. But "
+                f"snapshots were due at the end of epoch {listed(missed)}. Go on with the weights "
+                "of the end of an epoch that is there, and with its number as `initial_epoch`; or "
+                "leave `backup_dir` out, and the average will have later snapshots only."
+            )
+        if epoch >= self._plan.epochs:
+            return
+        if not self.n_averaged:
+            self._plan.check_first_epoch(epoch)
+        if missed:
+            self._warn(
+                f"Training begins with epoch {epoch + 1}: the snapshots that were due at the end "
+                f"of epoch {listed(missed)} are not in the average. With `backup_dir`, from the "
+                "first epoch on, they are kept for a run that goes on."
+            )
+        self._save(epoch)  # what cannot be saved now could not be saved later
+
+    def _resume(self, epoch: int) -> int:
+        """Take up what was saved before an epoch; return how many epochs were over then."""
+        if not self._backup:
+            return 0
+        later = [e for e in self._backup.epochs if e > epoch + 1]
+        if later and not self._plan.snapshots(0, epoch):
+            self._warn(
+                f"`backup_dir`, {self._backup.folder!r}, has the average of an earlier run, as it "
+                f"was after epoch {later[-1]}. This run begins with epoch {epoch + 1}, and "
+                "overwrites it."
+            )
+        resumed = self._backup.resume(epoch, self._buffers, self._configuration) if epoch else None
+        if not resumed:
+            return 0
+        over, record = resumed
+        self._saved = record
+        self._plan = replace(
+            self._plan,
+            initial_rate=record["initial_rate"],
+            steps=self._plan.steps or record["steps"],
+        )
+        if record["stopped"]:
+            self._plan = self._plan.stopped_after(epoch - 1)
+        self._stopped_early = record["stopped"]
+        self._not_finite = record["not_finite"]
+        self._updates_per_epoch = record["updates_per_epoch"]
+        self.inferred_batch_size = record["batch_size"]
+        self.n_averaged = record["n_averaged"]
+        self._say(f"Going on with the average of {self.n_averaged} snapshots")
+        return over
+
+    def _whole_epochs_since(self, over: int, epoch: int) -> bool:
+        """Whether the model is at the end of an epoch, and not amid the next, for all we know."""
+        if not self._saved:
+            return False
+        now, then = self.flavour.updates(self.model), self._saved["updates"]
+        # Without, or with a new, optimizer there is no telling.
+        return (
+            not now
+            or then is None
+            or self._updates_per_epoch is None
+            or now - then == self._updates_per_epoch * (epoch - over)
+        )
+
+    def _save(self, epoch: int) -> None:
+        if not self._backup:
+            return
+        progress = {
+            "n_averaged": self.n_averaged,
+            "not_finite": self._not_finite,
+            "stopped": self._stopped_early,
+            "initial_rate": self._plan.initial_rate,
+            "steps": self._plan.steps,
+            "batch_size": self.inferred_batch_size,
+        }
+        if self._saved and progress.items() <= self._saved.items():
+            return
+        record = {
+            **progress,
+            "updates": self.flavour.updates(self.model),
+            "updates_per_epoch": self._updates_per_epoch,
+            "configuration": self._configuration,
+        }
+        self._backup.save(epoch, self._buffers, record)
+        self._saved = record
+
+    def _save_if_possible(self, epoch: int) -> None:
+        if not self._backup:
+            return
+        now = self.flavour.updates(self.model)
+        if self._updates is not None and now is not None and not self._bn_pass:
+            self._updates_per_epoch = now - self._updates
+        try:
+            self._save(epoch + 1)
+        except BackupError as error:
+            # The training that is done is worth more than the chance of having to resume it.
+            self._warn(
+                f"The average at the end of epoch {epoch + 1} was not saved, and training goes "
+                f"on: {error}"
+            )
+
+    @property
+    def _buffers(self) -> dict[str, Any]:
+        return {"weights": self._average, "batch_norm": self._bn_average}
+
+    @property
+    def _configuration(self) -> dict[str, Any]:
+        """What must be the same in a run that goes on."""
+        arguments, plan = self.arguments, self._plan
+        return {
+            "start_epoch": plan.start_epoch,
+            "lr_schedule": arguments.lr_schedule,
+            **{
+                name: rate if isinstance(rate, str) else float(rate)
+                for name, rate in (("swa_lr", arguments.swa_lr), ("swa_lr2", arguments.swa_lr2))
+            },
+            "swa_freq": plan.swa_freq,
+            **self._average.layout,
+            **self._bn_average.layout,
+        }
 
     def _prepare(self) -> None:
         model = self.model
@@ -317,7 +480,7 @@ class SWACallback(_Callback):
         """Follow what other callbacks have changed since the last epoch, as far as can be."""
         model = self.model
         self._learning_rate = self.flavour.learning_rate(model)  # compiled anew?
-        known = self._average.variables
+        known = self._average.averaged
         new = [v for v in self.flavour.trainable_variables(model) if id(v) not in known]
         if not new:
             return

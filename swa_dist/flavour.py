@@ -114,6 +114,11 @@ class Flavour:
                         found[id(value)] = value
         return list(found.values())
 
+    def updates(self, model: Any) -> int | None:
+        """Return how often the model's optimizer has changed it, or None if nobody counts."""
+        iterations = getattr(getattr(model, "optimizer", None), "iterations", None)
+        return None if iterations is None else int(tf.convert_to_tensor(iterations))
+
     def learning_rate(self, model: Any) -> "OptimizerLearningRate":
         """Return the learning rate of the optimizer that a model was compiled with."""
         return OptimizerLearningRate(getattr(model, "optimizer", None), self._schedule_type)

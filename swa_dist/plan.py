@@ -7,6 +7,7 @@ as people do; `epoch` in a method is Keras's, counted from 0.
 import itertools
 import math
 import numbers
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +33,7 @@ class Arguments:
     swa_freq: int = 1
     batch_size: int | None = None
     verbose: int = 0
+    backup_dir: str | os.PathLike | None = None
 
     def __post_init__(self) -> None:
         fraction = _is_real(self.start_epoch) and 0 < self.start_epoch < 1
@@ -55,6 +57,10 @@ class Arguments:
             _refuse(self, "batch_size", "None or an integer >= 1: the global batch size")
         if not _is_integer(self.verbose, at_least=0) or self.verbose > 1:
             _refuse(self, "verbose", "0 or 1")
+        if self.backup_dir is not None and not (
+            isinstance(self.backup_dir, str | os.PathLike) and os.fspath(self.backup_dir)
+        ):
+            _refuse(self, "backup_dir", "None or the path of a folder")
 
         if self.lr_schedule == "manual" and self.swa_lr != "auto":
             _refuse(
@@ -198,7 +204,7 @@ class Plan:
         Raises:
             ValueError: With the arguments and epochs that do not fit.
         """
-        if any(self.is_snapshot(e) for e in range(epoch, self.epochs)):
+        if self.snapshots(epoch, self.epochs):
             return
         last_possible = self.epochs - self.has_bn
         begins = f" from epoch {epoch + 1}" if epoch else ""
@@ -214,7 +220,7 @@ class Plan:
             f"first snapshot is at the end of epoch {self.first_snapshot}, but `fit` "
             f"trains{begins} to epoch {self.epochs}{last}, so that epoch {last_possible} is the "
             "last that could be averaged. Begin earlier or train for more epochs."
-            + (" Snapshots of an earlier run are not known to this one." if epoch else "")
+            + (" Snapshots of an earlier run are known only from a `backup_dir`." if epoch else "")
         )
 
     def is_start(self, epoch: int) -> bool:
@@ -225,6 +231,10 @@ class Plan:
         """Whether the weights at the end of this epoch enter the average."""
         into = epoch + 1 - self.start_epoch + 1
         return into > 0 and into % self.swa_freq == 0 and not self.is_bn_pass(epoch)
+
+    def snapshots(self, first: int, end: int) -> list[int]:
+        """Return the epochs from `first` on, and before `end`, that end with a snapshot."""
+        return [epoch for epoch in range(first, end) if self.is_snapshot(epoch)]
 
     def is_bn_pass(self, epoch: int) -> bool:
         """Whether this epoch recomputes batch normalization statistics instead of training."""
@@ -281,11 +291,8 @@ class Plan:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
-        snapshots = [e + 1 for e in range(self.epochs) if self.is_snapshot(e)]
-        listed = [str(e) for e in snapshots]
-        if len(listed) > 4:
-            listed[2:-1] = ["..."]
-        lines.append(f"snapshots ({len(snapshots)}): at the end of epoch {', '.join(listed)}")
+        snapshots = self.snapshots(0, self.epochs)
+        lines.append(f"snapshots ({len(snapshots)}): at the end of epoch {listed(snapshots)}")
         if any(_number(math.nan) in rate for _, _, rate in table):
             lines.append("?: depends on the optimizer's rate; give it as `learning_rate`")
         return "\n".join(lines)
@@ -304,6 +311,14 @@ class Plan:
             return what, f"{cycle} in {self.swa_freq} epochs{batches}"
         share = schedules.annealed(epoch + 1, self.start_epoch, initial_rate=1.0, swa_lr=0.0)
         return what, _FALLING if 0 < share < 1 else _number(rate)
+
+
+def listed(epochs: list[int]) -> str:
+    """Return epochs, counted from 0, as people count them, and not too many of them."""
+    names = [str(epoch + 1) for epoch in epochs]
+    if len(names) > 4:
+        names[2:-1] = ["..."]
+    return ", ".join(names)
 
 
 _FALLING = "falling"

@@ -1,6 +1,6 @@
 """Variables and functions of which every replica has its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -32,6 +32,11 @@ def check_strategy(strategy: tf.distribute.Strategy, variables: Iterable[tf.Vari
                 f"{type(strategy).__name__}. Build and compile the model under `with "
                 "strategy.scope():`."
             )
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Return whether this worker is the one that writes files; the only worker is."""
+    return bool(strategy.extended.should_checkpoint)
 
 
 def local_variable(initial_value: tf.Tensor) -> tf.Variable:
@@ -69,6 +74,17 @@ def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
 def _reduce(strategy: tf.distribute.Strategy, *values: Any) -> list[Any]:
     pairs = [(value, value) for value in values]
     return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)
+
+
+class Untracked:
+    """Items that belong to the model, and so not into a `tf.train.Checkpoint` of ours."""
+
+    def __init__(self, items: Iterable[Any]) -> None:
+        self._items = list(items)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Go through the items."""
+        return iter(self._items)
 
 
 class ReplicaFunction:

@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ RULES = {
     "swa_freq": "an integer >= 1",
     "batch_size": "None or an integer >= 1",
     "verbose": "0 or 1",
+    "backup_dir": "None or the path of a folder",
 }
 WRONG = {
     "start_epoch": [None, "auto", *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
@@ -45,6 +47,7 @@ WRONG = {
     "swa_freq": [None, "auto", 0.5, *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
     "batch_size": ["auto", 0.5, *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
     "verbose": [None, "auto", -1, 2, np.int64(2), 0.0, *NO_NUMBERS, *NOT_FINITE, *NO_INTEGERS],
+    "backup_dir": ["", b"folder", 0, 1.5, True, ["folder"], open],
 }
 
 
@@ -134,6 +137,7 @@ def test_start_epoch_is_required_and_unknown_arguments_are_not_swallowed(kit):
         *({"swa_freq": v} for v in [1, 2, 10**6, np.int16(2)]),
         *({"batch_size": v} for v in [None, 1, np.int64(256)]),
         *({"verbose": v} for v in [0, 1, np.int64(1)]),
+        *({"backup_dir": v} for v in [None, "folder", Path("folder"), np.str_("folder")]),
         *(
             {"lr_schedule": "constant", "swa_lr": v}
             for v in ["auto", np.str_("auto"), 1, 1e-12, np.float32(0.1), Fraction(1, 100), 5]

@@ -1,11 +1,14 @@
 """What READMEs show, run as it stands."""
 
+import itertools
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 # The two examples of keras-swa's README, with only the imports brought up to date.
 SEED_EXAMPLE = """
@@ -107,6 +110,39 @@ def test_the_readmes_plan_is_what_it_prints(kit, pytestconfig, capsys):
     readme = (pytestconfig.rootpath / "README.md").read_text()
     shown = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
     assert shown in readme
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
+def test_the_lines_that_outlive_a_kill(kit, pytestconfig, tmp_path, monkeypatch):
+    """Ended by its data in epoch 50, and run again."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "backup_dir" in b)
+    assert len(example.splitlines()) == 5  # the model's line is not ours
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    epochs = itertools.count(1)
+
+    def batches(end):
+        if next(epochs) == end:
+            raise RuntimeError("the machine goes away")
+        yield from zip(x.reshape(2, 8, 3).copy(), x[:, :1].reshape(2, 8, 1).copy(), strict=True)
+
+    def run(end):
+        keras, layers = kit.keras, kit.keras.layers
+        model = keras.Sequential([layers.Input((3,)), layers.BatchNormalization(), layers.Dense(1)])
+        model.compile("sgd", "mse", jit_compile=False)
+        signature = (tf.TensorSpec((8, 3)), tf.TensorSpec((8, 1)))
+        data = tf.data.Dataset.from_generator(lambda: batches(end), output_signature=signature)
+        data = data.apply(tf.data.experimental.assert_cardinality(2))
+        names = {"keras": keras, "SWA": kit.SWA, "model": model, "data": data}
+        exec(example, names)
+        return names["callbacks"][1], model
+
+    with pytest.raises(Exception, match="the machine goes away"):
+        run(50)
+    swa, model = run(None)
+    assert swa.n_averaged == 15
+    assert len(model.history.history["loss"]) == 60 - 49
+    assert not list((tmp_path / "backup").glob("swa*"))
 
 
 def test_the_kaggle_kernel_runs_and_is_what_the_readme_shows(pytestconfig, tmp_path):

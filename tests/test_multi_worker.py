@@ -1,5 +1,6 @@
 """Several workers, each a process: all end with the same model, exact over what all were fed."""
 
+import functools
 import json
 import os
 import socket
@@ -52,13 +53,35 @@ def run(root, directory, scenario, n_devices, workers=2):
     return results
 
 
+@pytest.fixture(scope="module")
+def outcome(pytestconfig, tmp_path_factory):
+    """Runs a scenario to its end, once; returns the folder with what the workers wrote down."""
+
+    @functools.cache
+    def folder_of(scenario, n_devices):
+        folder = tmp_path_factory.mktemp(scenario)
+        for code, output, _ in run(pytestconfig.rootpath, folder, scenario, n_devices):
+            assert code == 0, output[-4000:]
+        return folder
+
+    return folder_of
+
+
+in_one_process = pytest.mark.xdist_group("two workers with uneven shares")
+
+
 @pytest.mark.parametrize(
-    ("scenario", "n_devices"), [("even", 2), ("uneven", 1), ("uneven", 2), ("stopped", 1)]
+    ("scenario", "n_devices"),
+    [
+        ("even", 2),
+        pytest.param("uneven", 1, marks=in_one_process),
+        ("uneven", 2),
+        ("stopped", 1),
+    ],
 )
-def test_two_workers_are_one(pytestconfig, tmp_path, scenario, n_devices):
-    for code, output, _ in run(pytestconfig.rootpath, tmp_path, scenario, n_devices):
-        assert code == 0, output[-4000:]
-    first, second = (np.load(tmp_path / f"{i}.npz") for i in range(2))
+def test_two_workers_are_one(outcome, scenario, n_devices):
+    folder = outcome(scenario, n_devices)
+    first, second = (np.load(folder / f"{i}.npz") for i in range(2))
 
     # Both hold the same, bit by bit, on each replica.
     own = ("rows",)
@@ -100,7 +123,7 @@ def test_two_workers_are_one(pytestconfig, tmp_path, scenario, n_devices):
     np.testing.assert_allclose(history["learning_rate"][-2:], [0.02, 0.0], rtol=1e-6)
     assert first["rate"] == pytest.approx(0.02)
     tap = {"Tap": KITS[1].Tap}
-    saved = tf_keras.models.load_model(tmp_path / "model.keras", custom_objects=tap)
+    saved = tf_keras.models.load_model(folder / "model.keras", custom_objects=tap)
     for array, weight in zip(weights, saved.trainable_variables, strict=True):
         np.testing.assert_array_equal(array, weight.numpy())
     np.testing.assert_array_equal(first["variance0"][0], saved.layers[1].moving_variance.numpy())
@@ -108,12 +131,29 @@ def test_two_workers_are_one(pytestconfig, tmp_path, scenario, n_devices):
     assert history["val_loss"][-1] == pytest.approx(saved.evaluate(x, y, verbose=0), rel=1e-5)
 
 
-def test_when_a_worker_dies_the_other_ends_with_an_error(pytestconfig, tmp_path):
+@in_one_process
+def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(
+    pytestconfig, tmp_path, outcome
+):
     (survivor, output, seconds), (died, _, _) = run(pytestconfig.rootpath, tmp_path, "dies", 1)
     assert died == 9
     assert survivor not in (0, 9)
     assert "Error" in output
     assert seconds < SECONDS
+    assert sorted(p.name for p in (tmp_path / "swa").glob("*.index")) == [
+        "swa-epoch-00002.index", "swa-epoch-00003.index"
+    ]  # fmt: skip
+
+    for code, output, _ in run(pytestconfig.rootpath, tmp_path, "resumed", 1):
+        assert code == 0, output[-4000:]
+    assert not (tmp_path / "swa").exists()
+    never = outcome("uneven", 1)
+    for worker in range(2):
+        a, b = (np.load(folder / f"{worker}.npz") for folder in (tmp_path, never))
+        assert len(json.loads(str(a["history"]))["loss"]) == EPOCHS - 3
+        for name in a.files:
+            if not name.startswith(("snapshot", "history")):
+                np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
 def test_keras_3_says_what_to_do_about_several_workers(pytestconfig, tmp_path):

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from swa_dist.backup import Backup
 from swa_dist.batch_norm import BatchNormAverage
+from swa_dist.replicas import is_chief
 from swa_dist.weight_average import WeightAverage
 from tests.kits import rows
 from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
@@ -42,7 +44,7 @@ def test_the_average_on_every_replica(strategy, dtype):
     for replica in copies(strategy, variables):
         for array in replica:
             np.testing.assert_array_equal(array.astype("float32"), 3)
-    assert {type(v).__name__ for v in average._sums} == {"TPUDistributedVariable"}
+    assert {type(v).__name__ for v in average.sums} == {"TPUDistributedVariable"}
 
 
 def test_each_replica_averages_its_own_copy(strategy):
@@ -65,15 +67,16 @@ def test_each_replica_averages_its_own_copy(strategy):
         np.testing.assert_array_equal(copy.numpy(), 2.0 * (i + 1))
 
 
-def test_sums_are_checkpointed(strategy, tmp_path):
+def test_the_average_is_saved_and_taken_up_again(strategy, tmp_path):
     variables = mirrored_variables(strategy, ["float32"] * 4)
-    average = WeightAverage(variables, strategy)
+    average, backup = WeightAverage(variables, strategy), Backup(tmp_path, is_chief(strategy))
     for v in variables:
         v.assign(tf.ones_like(v))
     average.update()
-    path = tf.train.Checkpoint(sums=average._sums, count=average._count).save(str(tmp_path / "c"))
+    backup.open()
+    backup.save(1, {"weights": average}, {"configuration": {}})
     another = WeightAverage(variables, strategy)
-    tf.train.Checkpoint(sums=another._sums, count=another._count).restore(path)
+    assert backup.resume(1, {"weights": another}, {}) == (1, {"configuration": {}})
     for v in variables:
         v.assign(tf.fill(v.shape, 3.0))
     another.update()
@@ -81,6 +84,8 @@ def test_sums_are_checkpointed(strategy, tmp_path):
     for replica in copies(strategy, variables):
         for array in replica:
             np.testing.assert_array_equal(array, 2)
+    backup.remove()
+    assert not tmp_path.exists()
 
 
 @pytest.mark.parametrize("size", [4, 32, 128])

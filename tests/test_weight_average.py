@@ -158,7 +158,7 @@ def test_buffers_are_freed_with_the_average():
     strategy = tf.distribute.get_strategy()
     average = WeightAverage(mirrored_variables(strategy, ["float32"] * 4), strategy)
     average.update()
-    buffer = weakref.ref(average._sums[0])
+    buffer = weakref.ref(average.sums[0])
     del average
     gc.collect()
     assert buffer() is None

@@ -52,6 +52,12 @@ def tpu_on_cpus(n, monkeypatch):
     replicas = _Replicas(cpus)
     monkeypatch.setattr(tpu_strategy.tpu, "replicate", replicas.replicate)
     monkeypatch.setattr(extended, "_reduce_to", replicas.reduced(extended._reduce_to))
+
+    # Older Keras 3 hands it a `tf.function`, which only one thread at a time can trace.
+    def run(fn, *args, run=strategy.run, **kwargs):
+        return run(getattr(fn, "python_function", fn), *args, **kwargs)
+
+    monkeypatch.setattr(strategy, "run", run)
     return strategy
 
 

@@ -25,6 +25,8 @@ SCENARIOS = {
     "even": ([8, 8], None),
     "uneven": ([6, 1], None),
     "stopped": ([6, 1], 4),
+    "dies": ([6, 1], None),
+    "resumed": ([6, 1], None),
 }
 
 
@@ -52,6 +54,7 @@ def main(directory, scenario, n_devices):
 
     kit = KITS[scenario != "keras3"]
     keras = kit.keras
+    keras.utils.set_random_seed(7)
     with strategy.scope():
         taps = [kit.Tap(), kit.Tap()]
         norms = [keras.layers.BatchNormalization() for _ in taps]
@@ -72,7 +75,7 @@ def main(directory, scenario, n_devices):
             self.epoch = epoch + 1
 
         def on_train_batch_begin(self, batch, logs=None):
-            if scenario == "dies" and (index, self.epoch, batch) == (1, 3, 1):
+            if scenario == "dies" and (index, self.epoch, batch) == (1, 4, 1):
                 print("fed", flush=True)
                 os._exit(9)
 
@@ -96,7 +99,8 @@ def main(directory, scenario, n_devices):
         return tf.data.Dataset.from_generator(batches, output_signature=signature).repeat()
 
     fed = strategy.distribute_datasets_from_function(dataset)
-    recorder, swa = kit.Recorder(), kit.SWA(START, "constant", swa_lr=0.02)
+    recorder = kit.Recorder()
+    swa = kit.SWA(START, "constant", swa_lr=0.02, backup_dir=directory / "swa")
     if scenario == "keras3":
         try:
             model.fit(fed, epochs=3, steps_per_epoch=STEPS, verbose=0, callbacks=[swa])
@@ -105,10 +109,14 @@ def main(directory, scenario, n_devices):
             os._exit(1)  # TensorFlow 2.16 would wait for the other worker
         return
     validation = tf.data.Dataset.from_tensor_slices(rows_of(7, 16)).batch(8)
+    callbacks = [Company(), recorder, swa]
+    if scenario in ("dies", "resumed"):
+        callbacks += [keras.callbacks.BackupAndRestore(str(directory / "model"))]
     history = model.fit(
         fed, epochs=EPOCHS, steps_per_epoch=STEPS, verbose=0, validation_data=validation,
-        callbacks=[Company(), recorder, swa],
+        callbacks=callbacks,
     ).history  # fmt: skip
+    assert not (directory / "swa").exists() or index  # the chief's, who removes it
 
     # Every worker saves, as reading statistics may need all; the chief's file is the one to keep.
     file = directory / ("model.keras" if index == 0 else f"of-worker-{index}.keras")

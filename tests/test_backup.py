@@ -1,0 +1,411 @@
+"""A run that ended in its middle goes on with its average, as if it had never ended."""
+
+import contextlib
+import functools
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from swa_dist.backup import Backup, BackupError
+from swa_dist.weight_average import WeightAverage
+from tests.conftest import mirrored
+from tests.kits import KITS
+from tests.test_lifecycle import at, build, data, stop
+from tests.test_weight_average import mirrored_variables
+from tests.tolerances import assert_bitwise, assert_weights
+
+START, EPOCHS = 2, 7
+
+
+class KilledError(Exception):
+    """What ends a `fit` without its `on_train_end`, as a kill does."""
+
+
+def kill(model):
+    raise KilledError
+
+
+def run(
+    kit, folder, strategy=None, model=None, swa=None, before=(), after=(), restore=True, **arguments
+):
+    """A run that takes up whatever is in the folder: model, recorder, callback, history."""
+    kit.keras.utils.set_random_seed(7)
+    model = model or build(kit, strategy or mirrored(2))
+    recorder = kit.Recorder()
+    swa = swa or kit.SWA(START, "constant", 0.02, backup_dir=folder / "swa")
+    company = [kit.keras.callbacks.BackupAndRestore(str(folder / "model"))] if restore else []
+    callbacks = [*company, recorder, *before, swa, *after]
+    try:
+        history = model.fit(
+            *data(20),
+            verbose=0, shuffle=False, callbacks=callbacks,
+            **{"batch_size": 8, "epochs": EPOCHS, **arguments},
+        ).history  # fmt: skip
+    except KilledError:
+        history = None
+    return model, recorder, swa, history
+
+
+@functools.cache
+def never(kit, n=2):
+    """What a run ends with that was never killed, and its learning rates."""
+    with tempfile.TemporaryDirectory() as folder:
+        model, *_, history = run(kit, Path(folder), mirrored(n))
+    return state(kit, model), history["learning_rate"]
+
+
+def state(kit, model):
+    statistics = [*model.layers[0].non_trainable_variables]
+    return [*kit.trainable(model), *(r for v in statistics for r in kit.replicas(v))]
+
+
+def epochs_in(folder):
+    return Backup(folder / "swa", writes=False).epochs
+
+
+@pytest.mark.parametrize("kit", [kit.name for kit in KITS])
+def test_killed_anywhere_a_run_ends_as_one_that_was_never_killed(pytestconfig, tmp_path, kit):
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.killed", kit, str(tmp_path)],
+        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    histories = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
+    points = [(tuple(point), code) for h in histories for point, code in h["lives"]]
+    assert len(points) == 18
+    for point, code in points:
+        assert code == -9, point
+    for history in histories:
+        assert history["different"] == [], history
+        assert history["n_averaged"] > 1
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_run_resumed_by_hand(kit, tmp_path, n):
+    """With `initial_epoch`, and a model of the user's own saving."""
+    strategy, path = mirrored(n), str(tmp_path / "model.keras")
+
+    def save(model):
+        model.save(path)
+
+    run(
+        kit, tmp_path, strategy, restore=False,
+        before=[at(kit, 4, save)], after=[at(kit, 5, kill, "on_epoch_end")],
+    )  # fmt: skip
+    assert epochs_in(tmp_path) == [4, 5]
+    with strategy.scope():
+        model = kit.keras.models.load_model(path)
+    model, _, swa, resumed = run(
+        kit, tmp_path, strategy, model=model, restore=False, initial_epoch=4
+    )
+    assert swa.n_averaged == 5
+    weights, rates = never(kit, n)
+    assert resumed["learning_rate"] == rates[4:]
+    assert_bitwise(state(kit, model), weights)
+    assert not (tmp_path / "swa").exists()
+
+
+def test_what_is_saved_when(kit, tmp_path):
+    """One write for each epoch that changes something; two states; none when `fit` is over."""
+    seen = []
+
+    class Look(kit.keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            seen.append(epochs_in(tmp_path))
+
+    swa = kit.SWA(3, swa_freq=2, backup_dir=tmp_path / "swa")
+    (tmp_path / "swa").mkdir()
+    (tmp_path / "swa" / "theirs").write_text("not ours")
+    run(kit, tmp_path, swa=swa, after=[Look()], epochs=8, restore=False)
+    # The start; what was learned of the data in epoch 1; the snapshots of epochs 4 and 6.
+    assert seen == [[0], [0, 1], [0, 1], [0, 1], [1, 4], [1, 4], [4, 6], [4, 6]]
+    assert [p.name for p in (tmp_path / "swa").iterdir()] == ["theirs"]
+
+
+def test_a_state_holds_the_buffers_and_no_weights(kit, tmp_path):
+    run(kit, tmp_path, after=[at(kit, 3, kill)])
+    names = dict(tf.train.list_variables(Backup(tmp_path / "swa", writes=False).path(3)))
+    assert sorted(map(tuple, names.values()), key=str) == sorted(
+        [(), (), (), (), (1,), (2, 3), (3,), (3,), (3, 1)], key=str
+    )
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_form_is_the_same_on_both_kerases_and_any_number_of_replicas(tmp_path, order):
+    one, other = KITS[::order]
+    _, first, *_ = run(one, tmp_path, mirrored(4), after=[at(one, 4, kill)], restore=False)
+    model, second, swa, _ = run(
+        other, tmp_path, mirrored(1), restore=False, initial_epoch=4
+    )  # fmt: skip
+    assert swa.n_averaged == 5
+    snapshots = first.weights[START - 1 :] + second.weights[:2]
+    expected = [np.mean(np.float64(ws), 0) for ws in zip(*snapshots, strict=True)]
+    assert_weights(other.trainable(model), expected)
+
+
+def test_an_early_stop_is_not_forgotten(kit, tmp_path):
+    """Stopped at the end of epoch 4, killed in the BN pass that follows."""
+    stopped, *_ = run(kit, tmp_path / "never", before=[at(kit, 4, stop)])
+    run(
+        kit, tmp_path, before=[at(kit, 4, stop)], after=[at(kit, 5, kill, "on_train_batch_end")]
+    )  # fmt: skip
+    model, _, swa, history = run(kit, tmp_path)
+    assert len(history["loss"]) == 1
+    assert swa.n_averaged == 3
+    assert_bitwise(state(kit, model), state(kit, stopped))
+
+
+def test_the_same_process_goes_on_after_an_exception(kit, tmp_path):
+    run(kit, tmp_path, after=[at(kit, 4, kill)])
+    model, *_ = run(kit, tmp_path)
+    assert_bitwise(state(kit, model), never(kit)[0])
+
+
+def test_a_damaged_state_is_refused_and_the_one_before_is_used(kit, tmp_path):
+    run(kit, tmp_path, after=[at(kit, 4, kill)])
+    assert epochs_in(tmp_path) == [3, 4]
+    spoil(tmp_path / "swa", 4)
+    with pytest.warns(UserWarning, match="swa-epoch-00004' is damaged"):
+        model, _, swa, _ = run(kit, tmp_path)
+    assert swa.n_averaged == 5
+    assert_bitwise(state(kit, model), never(kit)[0])
+
+
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00001"])
+@pytest.mark.parametrize("damage", ["truncated", "altered", "emptied"])
+def test_any_damage_is_noticed_before_anything_is_restored(tmp_path, ending, damage):
+    strategy = mirrored(2)
+    variables = mirrored_variables(strategy, ["float32"] * 4)
+    average, backup = WeightAverage(variables, strategy), Backup(tmp_path, writes=True)
+    backup.open()
+    average.update()
+    for epoch in (3, 4):
+        backup.save(epoch, {"average": average}, {"configuration": {}, "epoch": epoch})
+    spoil(tmp_path, 4, ending, damage)
+    restored = WeightAverage(variables, strategy)
+    with pytest.warns(UserWarning, match="swa-epoch-00004' is damaged"):
+        epoch, record = backup.resume(5, {"average": restored}, {})
+    assert (epoch, record["epoch"], restored.n_averaged) == (3, 3, 1)
+    spoil(tmp_path, 3, ending, damage)
+    restored = WeightAverage(variables, strategy)
+    with pytest.warns(UserWarning, match="swa-epoch-00003' is damaged"):
+        assert backup.resume(3, {"average": restored}, {}) is None
+    assert restored.n_averaged == 0
+    backup.remove()
+
+
+def spoil(folder, epoch, ending=".data-00000-of-00001", damage="truncated"):
+    path = folder / f"swa-epoch-{epoch:05d}{ending}"
+    content = bytearray(path.read_bytes())
+    if damage == "altered":
+        content[10] ^= 1
+    else:
+        content = content[: len(content) // 2 if damage == "truncated" else 0]
+    path.write_bytes(content)
+
+
+def test_if_both_states_are_damaged_nothing_is_trained(kit, tmp_path):
+    run(kit, tmp_path, after=[at(kit, 4, kill)])
+    spoil(tmp_path / "swa", 3)
+    spoil(tmp_path / "swa", 4)
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match=r"due at the end of epoch 2, 3, 4\. Go on with"),
+    ):
+        run(kit, tmp_path)
+    assert epochs_in(tmp_path) == [3, 4]
+
+
+@pytest.mark.parametrize("whole_epochs_and", [0, 1])
+def test_weights_amid_an_epoch_are_not_taken_for_a_snapshot(kit, tmp_path, whole_epochs_and):
+    """The last snapshot is not saved, and the model comes from within the next epoch."""
+
+    updates = 3 * 4 + whole_epochs_and
+    run(kit, tmp_path, after=[at(kit, 4, kill)], restore=False)
+    spoil(tmp_path / "swa", 4)
+    model = build(kit, mirrored(2))
+    model.optimizer.iterations.assign(updates)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(pytest.warns(UserWarning, match="damaged"))
+        if whole_epochs_and:
+            stack.enter_context(pytest.raises(ValueError, match=r"due at the end of epoch 4\."))
+        _, _, swa, _ = run(kit, tmp_path, model=model, restore=False, initial_epoch=4)
+        assert swa.n_averaged == 5
+
+
+@pytest.mark.parametrize("folder", ["empty", "later"])
+def test_without_a_state_for_the_epoch_there_is_an_error_that_helps(kit, tmp_path, folder):
+    if folder == "later":
+        run(kit, tmp_path, after=[at(kit, 6, kill)], restore=False)
+    model = build(kit, mirrored(2))
+    before = kit.trainable(model)
+    swa = kit.SWA(START, "constant", 0.02, backup_dir=tmp_path / "swa")
+    with pytest.raises(ValueError, match="`backup_dir` must have the average as it was") as error:
+        model.fit(*data(20), epochs=EPOCHS, initial_epoch=4, verbose=0, callbacks=[swa])
+    there = {"empty": "none", "later": "5, 6"}[folder]
+    for words in (
+        "before epoch 5", f"after these epochs: {there}.", "epoch 2, 3, 4.", "`initial_epoch`",
+        "leave `backup_dir` out",
+    ):  # fmt: skip
+        assert words in str(error.value)
+    assert_bitwise(kit.trainable(model), before)
+    assert epochs_in(tmp_path) == {"empty": [], "later": [5, 6]}[folder]
+
+
+OTHERS = [
+    ({"start_epoch": 3}, "start_epoch=3, but start_epoch=2"),
+    ({"swa_freq": 2}, "swa_freq=2, but swa_freq=1"),
+    ({"lr_schedule": "manual", "swa_lr": "auto"}, "lr_schedule='manual', but .*='constant'"),
+    ({"swa_lr": 0.03}, "swa_lr=0.03, but swa_lr=0.02"),
+    ({}, r"weight 3='\(3, 2\) float32', but weight 3='\(3, 1\) float32'"),
+]
+
+
+def test_what_another_run_has_saved_is_refused(kit, tmp_path):
+    run(kit, tmp_path, after=[at(kit, 5, kill)], restore=False)
+    x, y = data(20)
+    for changed, values in OTHERS:
+        arguments = {"start_epoch": START, "lr_schedule": "constant", "swa_lr": 0.02, **changed}
+        swa = kit.SWA(**arguments, backup_dir=tmp_path / "swa")
+        model, outputs = build(kit, mirrored(2)), 1
+        if not changed:
+            layers, outputs = kit.keras.layers, 2
+            model = kit.keras.Sequential(
+                [layers.Input((3,)), layers.BatchNormalization(), layers.Dense(outputs)]
+            )
+            model.compile("sgd", "mse")
+        with pytest.raises(ValueError, match=values):
+            model.fit(
+                x, np.repeat(y, outputs, 1), epochs=EPOCHS, initial_epoch=5, callbacks=[swa],
+                verbose=0,
+            )  # fmt: skip
+        assert epochs_in(tmp_path) == [4, 5]
+
+
+def test_a_full_disk_is_warned_of_and_training_goes_on(kit, tmp_path):
+    def limit(size):
+        def action(model):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+
+        return action
+
+    def look(model):
+        states.extend(epochs_in(tmp_path))
+
+    states = []
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.warns(UserWarning, match="was not saved") as warned:
+            model, recorder, swa, _ = run(
+                kit, tmp_path, restore=False, after=[at(kit, 6, look)],
+                before=[at(kit, 3, limit(100)), at(kit, 5, limit(soft))],
+            )  # fmt: skip
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    messages = [str(w.message) for w in warned]
+    assert [re.search(r"end of epoch (\d)", m)[1] for m in messages] == ["3", "4"]
+    assert all("File too large" in m and "training goes on" in m for m in messages)
+    assert states == [5, 6]
+    assert swa.n_averaged == 5
+    assert_weights(kit.trainable(model), recorder.mean(*range(START, EPOCHS)))
+
+
+def test_what_a_failed_write_leaves_is_an_earlier_state(tmp_path):
+    strategy = mirrored(2)
+    average = WeightAverage(mirrored_variables(strategy, ["float32"] * 4), strategy)
+    backup = Backup(tmp_path, writes=True)
+    backup.open()
+    for epoch in (1, 2):
+        backup.save(epoch, {"average": average}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        with pytest.raises(BackupError, match=r"cannot be written to: .*File too large"):
+            backup.save(3, {"average": average}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert backup.epochs == [1, 2]
+    assert sorted({p.name.partition(".")[0] for p in tmp_path.iterdir()}) == [
+        "swa", "swa-epoch-00001", "swa-epoch-00002"
+    ]  # fmt: skip
+    backup.remove()
+    assert not tmp_path.exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/swa", __file__ + "/swa"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_training(kit, folder):
+    model = build(kit, mirrored(2))
+    before = kit.trainable(model)
+    with pytest.raises(OSError, match=f"`backup_dir` must be a folder .* Received: '{folder}'"):
+        model.fit(*data(20), epochs=EPOCHS, verbose=0, callbacks=[kit.SWA(2, backup_dir=folder)])
+    assert_bitwise(kit.trainable(model), before)
+
+
+HOLD = """
+import sys, time
+from swa_dist.backup import Backup
+Backup(sys.argv[1], writes=True).open()
+print("held", flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_folder_that_another_process_uses_is_refused_until_that_is_killed(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(BackupError, match=f"process {process.pid} is using it"):
+            Backup(tmp_path, writes=True).open()
+        process.kill()
+        process.wait()
+    Backup(tmp_path, writes=True).open()
+
+
+def test_a_second_run_of_the_process_takes_the_folder_over(tmp_path):
+    first, second = Backup(tmp_path, writes=True), Backup(tmp_path, writes=True)
+    first.open()
+    second.open()
+    second.save(3, {}, {})
+    with pytest.raises(BackupError, match="another run of this process"):
+        first.save(4, {}, {})
+    first.remove()
+    assert second.epochs == [3]
+    second.remove()
+    assert not tmp_path.exists()
+
+
+def test_what_an_earlier_run_left_is_warned_of_and_overwritten(kit, tmp_path):
+    run(kit, tmp_path, after=[at(kit, 5, kill)], restore=False)
+    with pytest.warns(UserWarning, match="after epoch 5. This run begins with epoch 1, and overw"):
+        model, recorder, *_ = run(kit, tmp_path, restore=False)
+    assert_weights(kit.trainable(model), recorder.mean(*range(START, EPOCHS)))
+
+
+@pytest.mark.parametrize("how", ["by hand", "BackupAndRestore"])
+def test_without_a_backup_resuming_warns_of_what_is_not_averaged(kit, tmp_path, how):
+    restore = how == "BackupAndRestore"
+    run(kit, tmp_path, swa=kit.SWA(START), after=[at(kit, 5, kill)], restore=restore)
+    # Killed at the end of epoch 5, which is over for BackupAndRestore.
+    arguments = {} if restore else {"initial_epoch": 5}
+    message = "begins with epoch 6: .* epoch 2, 3, 4, 5 are not in the average. With `backup_dir`"
+    with pytest.warns(UserWarning, match=message):
+        model, recorder, swa, _ = run(
+            kit, tmp_path, swa=kit.SWA(START), restore=restore, **arguments
+        )
+    assert swa.n_averaged == 1
+    assert_weights(kit.trainable(model), recorder.mean(1))  # of this run the first
+
+
+def test_a_run_resumed_before_its_first_snapshot_needs_no_state(kit, tmp_path):
+    swa = kit.SWA(6, backup_dir=tmp_path / "swa")
+    model, recorder, swa, _ = run(kit, tmp_path, swa=swa, restore=False, initial_epoch=4)
+    assert swa.n_averaged == 1
+    assert_weights(kit.trainable(model), recorder.mean(2))
