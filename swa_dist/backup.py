@@ -100,14 +100,13 @@ class Backup:
                 f"`backup_dir`, {self.folder!r}, cannot be written to: {_reason(error)}."
             ) from error
 
-    def resume(
-        self, epoch: int, buffers: Mapping[str, Any], configuration: Mapping[str, Any]
+    def newest(
+        self, epoch: int, configuration: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]] | None:
-        """Restore the newest whole state of what was before an epoch.
+        """Find the newest whole state of what was before an epoch.
 
         Args:
             epoch: Number of epochs that are over.
-            buffers: What was given to `save`, to be overwritten.
             configuration: What the "configuration" in the record must be equal to.
 
         Returns:
@@ -128,10 +127,13 @@ class Backup:
                 )
                 continue
             _check(record["configuration"], configuration, path)
-            status = tf.train.Checkpoint(**buffers).read(path)
-            status.assert_existing_objects_matched().expect_partial()
             return saved, record
         return None
+
+    def restore(self, epoch: int, buffers: Mapping[str, Any]) -> None:
+        """Give buffers the values of a state that was found."""
+        status = tf.train.Checkpoint(**buffers).read(self.path(epoch))
+        status.assert_existing_objects_matched().expect_partial()
 
     def remove(self) -> None:
         """Remove all states, and the folder if nothing else is in it, and let go of it."""

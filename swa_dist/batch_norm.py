@@ -220,8 +220,14 @@ class BatchNormAverage(tf.Module):
             self.averages = [
                 local_variable(tf.zeros([2, layer.channels], layer.dtype)) for layer in layers
             ]
+            self._own = Untracked(
+                [local_variable(tf.zeros(v.shape, v.dtype)) for v in layer.variables]
+                for layer in layers
+            )
         self._update = ReplicaFunction(self._update_replica, strategy)
         self._copy = ReplicaFunction(self._copy_replica, strategy)
+        self._keep = ReplicaFunction(self._keep_replica, strategy)
+        self._put_back = ReplicaFunction(self._put_back_replica, strategy)
 
     @property
     def layout(self) -> dict[str, str]:
@@ -238,6 +244,16 @@ class BatchNormAverage(tf.Module):
     def copy_to_model(self) -> None:
         """Give the layers their average, on every replica. A layer without one keeps its own."""
         self._copy()
+
+    @contextlib.contextmanager
+    def averaged_statistics(self) -> Iterator[None]:
+        """Have the average in the layers while open; afterwards each replica has its own again."""
+        self._keep()
+        self._copy()
+        try:
+            yield
+        finally:
+            self._put_back()
 
     def _update_replica(self) -> None:
         own = [layer.statistics() for layer in self._layers]
@@ -267,6 +283,16 @@ class BatchNormAverage(tf.Module):
             if not layer.layer.trainable:  # frozen since
                 continue
             layer.assign(average[0], average[1], where=count > 0)
+
+    def _keep_replica(self) -> None:
+        for layer, own in zip(self._layers, self._own, strict=True):
+            for variable, kept in zip(layer.variables, own, strict=True):
+                kept.assign(variable)
+
+    def _put_back_replica(self) -> None:
+        for layer, own in zip(self._layers, self._own, strict=True):
+            for variable, kept in zip(layer.variables, own, strict=True):
+                variable.assign(kept)
 
 
 def _mean_over_replicas(

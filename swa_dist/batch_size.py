@@ -67,25 +67,36 @@ class CountingTrainFunction(TrainFunction):
     @tf.autograph.experimental.do_not_convert
     def _count(self, data: Any) -> None:
         context = tf.distribute.get_replica_context()
-        rows, without = context.merge_call(_local_rows, args=(_rows(data),))
+        share, without = context.merge_call(_local_rows, args=(rows(data),))
         # At the end of the data the step is run once more and fails for want of a batch. Nothing
         # may be counted then, not even where the number of rows is static.
         fed = [t for t in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(t)]
         with tf.control_dependencies(fed):
-            self._largest.assign(tf.maximum(self._largest, rows))
+            self._largest.assign(tf.maximum(self._largest, share))
             self._batches.assign_add(1)
             self._empty_shares.assign_add(without)
 
 
-def _rows(data: Any) -> tf.Tensor:
-    """Return the number of rows of one replica's share of a batch, an int64 scalar."""
-    for leaf in tf.nest.flatten(data):
+def rows(element: Any) -> tf.Tensor:
+    """Return the number of rows of a batch, or of one replica's share of it.
+
+    Args:
+        element: Tensors, ragged and sparse ones included, or NumPy arrays, in any structure. The
+            first that is no scalar counts.
+
+    Returns:
+        An int64 scalar; 0 if there is no such thing.
+    """
+    for leaf in tf.nest.flatten(element):
         if isinstance(leaf, tf.RaggedTensor):
             return tf.cast(leaf.nrows(), tf.int64)
         if isinstance(leaf, tf.SparseTensor):
             return leaf.dense_shape[0]
-        if tf.is_tensor(leaf) and leaf.shape.rank != 0:
-            return tf.shape(leaf, tf.int64)[0]
+        if tf.is_tensor(leaf):
+            if leaf.shape.rank != 0:
+                return tf.shape(leaf, tf.int64)[0]
+        elif getattr(leaf, "shape", ()):
+            return tf.constant(leaf.shape[0], tf.int64)
     return tf.zeros([], tf.int64)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import tensorflow as tf
 
 from swa_dist.batch_norm import BatchNormLayer, BatchNormStatistics
-from swa_dist.train_function import Shadow, TrainFunction, shadowed
+from swa_dist.train_function import Shadow, TrainFunction, before_training, shadowed
 
 
 class LearningRate(Protocol):
@@ -18,6 +18,24 @@ class LearningRate(Protocol):
 
     def write(self, rate: float) -> None:
         """Set it, if it can be set."""
+
+
+@contextlib.contextmanager
+def observing(
+    statistics: BatchNormStatistics, layers: Sequence[BatchNormLayer], shadows: Sequence[Shadow]
+) -> Iterator[None]:
+    """Open the surroundings in which a forward pass is traced: what reaches the layers is counted.
+
+    Args:
+        statistics: Where it is counted.
+        layers: The layers that it observes.
+        shadows: What else is to be another while open.
+    """
+    # A Batch Renormalization layer corrects towards running statistics that belong to other
+    # weights. Without the correction it is plain batch normalization.
+    plain = [(layer.layer, "renorm", False) for layer in layers if layer.renorm]
+    with shadowed([*plain, *shadows]), statistics.observing():
+        yield
 
 
 class BatchNormPass(TrainFunction):
@@ -64,29 +82,17 @@ class BatchNormPass(TrainFunction):
         self.delivered = False
         self.unobserved: list[Any] = []
         shadows = [
-            # A Batch Renormalization layer corrects towards running statistics that belong to
-            # other weights. Without the correction it is plain batch normalization.
-            *((layer.layer, "renorm", False) for layer in layers if layer.renorm),
             *(shadow for optimizer in optimizers for shadow in _standing_still(optimizer)),
             *untraced,
         ]
-
-        @contextlib.contextmanager
-        def surroundings() -> Iterator[None]:
-            with shadowed(shadows), self._statistics.observing():
-                yield
-
-        super().__init__(model, surroundings)
+        super().__init__(model, lambda: observing(self._statistics, layers, shadows))
 
     def begin(self) -> None:
         """Take over the model's train function, and its learning rate."""
         self._set_weights()
         self._statistics.begin()
-        # Both Kerases call this before anything else when a model is about to train. Only a `fit`
-        # that was cut short still has it then.
-        self._taken_over.enter_context(
-            shadowed([(self._model, "make_train_function", self._make_train_function)])
-        )
+        # The statistics stay when it is undone: weights may have been loaded since.
+        self._taken_over.enter_context(before_training(self._model, self._put_back))
         self._running = True
         self.install()
         self._hold_learning_rate()
@@ -164,11 +170,6 @@ class BatchNormPass(TrainFunction):
         self._taken_over.close()
         self.uninstall()
         self._release_learning_rate()
-
-    def _make_train_function(self, *args: Any, **kwargs: Any) -> Any:
-        # The statistics stay: weights may have been loaded since.
-        self._put_back()
-        return self._model.make_train_function(*args, **kwargs)
 
 
 def _standing_still(optimizer: Any) -> list[Shadow]:

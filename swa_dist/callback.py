@@ -1,8 +1,9 @@
 """The SWA callback, for any Keras: its hooks, in the order in which training calls them."""
 
+import contextlib
 import os
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -13,7 +14,8 @@ from swa_dist.batch_size import CountingTrainFunction
 from swa_dist.bn_pass import BatchNormPass
 from swa_dist.flavour import Flavour
 from swa_dist.plan import Arguments, Plan, listed
-from swa_dist.replicas import check_strategy, is_chief
+from swa_dist.replicas import check_strategy, is_chief, trainable_variables
+from swa_dist.train_function import before_training
 from swa_dist.weight_average import WeightAverage
 
 if TYPE_CHECKING:  # at run time a binding puts its Keras's Callback here
@@ -59,6 +61,12 @@ class SWACallback(_Callback):
             killed can go on with it. The model itself is resumed by other means:
             `BackupAndRestore`, or `initial_epoch` and saved weights. Several workers share the
             folder. It is removed when `fit` has finished.
+        validate_average: Whether validation within `fit` is of the average, from the first
+            snapshot on. From the beginning of an epoch's validation to that of the next epoch the
+            model carries the average, with BN statistics averaged from the snapshots' own:
+            callbacks that judge or save the model see it. Training goes on as it would have.
+        bn_steps: Batches after which the BN pass ends; None: all of the epoch. A few thousand rows
+            give near-optimal statistics (Wu & Johnson, 2021, arXiv 2105.07576, section 3).
 
     Attributes:
         n_averaged: Number of snapshots in the average.
@@ -92,6 +100,7 @@ class SWACallback(_Callback):
     _counts: Any  # a CountingTrainFunction, then
     _learning_rate: Any  # an OptimizerLearningRate, then
     _initial_rate: float | None
+    _closed: int | None  # the last epoch of which the snapshot, if it was due, is taken
     _plan: Plan
 
     # The parameters of each model's `fit` that is about to begin: they are one object for all
@@ -113,10 +122,15 @@ class SWACallback(_Callback):
         verbose: int = 0,
         *,
         backup_dir: str | os.PathLike | None = None,
+        validate_average: bool = False,
+        bn_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.arguments = Arguments(
-            start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose, backup_dir
+            *(start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose),
+            backup_dir=backup_dir,
+            validate_average=validate_average,
+            bn_steps=bn_steps,
         )
         # Here, as Keras 3 fails before it calls a callback for the first time.
         self.flavour.warn_of_several_workers()
@@ -125,6 +139,7 @@ class SWACallback(_Callback):
         self._epoch: int | None = None
         self._bn_pass: BatchNormPass | None = None
         self._backup: Backup | None = None
+        self._average_in_model = contextlib.ExitStack()
         self._in_fit = False
 
     def plan(
@@ -155,6 +170,38 @@ class SWACallback(_Callback):
         """
         return self.arguments.plan(epochs, steps_per_epoch, learning_rate, batch_norm)
 
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Have the average in the model while open; afterwards all is bitwise as it was.
+
+        For use while `fit` runs: in other callbacks, say. BN layers get the average of the
+        statistics that they had at the snapshots; in the BN pass, the model has the average anyway.
+        Within itself, and where `validate_average` has put the average there, it does nothing more.
+
+        Raises:
+            RuntimeError: `fit` is not running, or there is no snapshot yet.
+
+        Distribution:
+            In cross-replica context, on every worker.
+
+        Example:
+            >>> with swa.averaged_weights():
+            ...     model.evaluate(test_data)
+        """
+        if not (self._in_fit and self.n_averaged):
+            raise RuntimeError(
+                "`averaged_weights` must be called while `fit` runs, after the first snapshot. "
+                + (
+                    f"Received: a call before the end of epoch {self._plan.first_snapshot}."
+                    if self._in_fit
+                    else "Received: a call outside of it. After `fit` the model holds the average."
+                )
+            )
+        with contextlib.ExitStack() as stack:
+            if not self._bn_pass:
+                self._put_average_into_model(stack)
+            yield
+
     def set_model(self, model: Any) -> None:
         self.flavour.check_model(model)
         super().set_model(model)
@@ -171,14 +218,7 @@ class SWACallback(_Callback):
                 "Received: a second one."
             )
         self._beginning[model] = self.params
-        variables = self.flavour.trainable_variables(model)
-        if not variables:
-            raise ValueError(
-                "`model` must be built and have trainable weights before SWA can average them. "
-                f"Received: the model {model.name!r}, built={model.built}, with none. Call it on a "
-                "batch, or `build` it, before `fit`."
-            )
-        check_strategy(model.distribute_strategy, variables)
+        check_strategy(model.distribute_strategy, trainable_variables(model))
         self._learning_rate = self.flavour.learning_rate(model)
         self._plan = Plan(
             self.arguments,
@@ -193,6 +233,7 @@ class SWACallback(_Callback):
             self._backup = Backup(self.arguments.backup_dir, is_chief(model.distribute_strategy))
             self._backup.open()
         self._saved: dict[str, Any] = {}
+        self._counts = self._closed = None
         self._updates_per_epoch: int | None = None
         self._epoch = None
         self._bn_pass = None
@@ -210,6 +251,7 @@ class SWACallback(_Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._check_in_fit()
         self._beginning.pop(self.model, None)
+        self._average_in_model.close()
         if self._epoch is None:
             self._begin(epoch)
         elif not self._bn_pass:
@@ -228,29 +270,42 @@ class SWACallback(_Callback):
             self._set_learning_rate(self._plan.learning_rate(self._epoch, batch))
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if not self._bn_pass:
+            return
         # Whoever looks at the model at the end of the last epoch, wherever in the list, is to find
         # the final one. More batches may come nevertheless: the data may have grown.
-        if self._bn_pass and self._plan.steps and batch + 1 >= self._plan.steps:
+        enough = self.arguments.bn_steps is not None and batch + 1 >= self.arguments.bn_steps
+        if enough or (self._plan.steps and batch + 1 >= self._plan.steps):
             self._bn_pass.settle()
+        if enough:
+            self.model.stop_training = True
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self._bn_pass:
             self._bn_pass.finish()
+        elif self.arguments.validate_average and self._in_fit and self._epoch is not None:
+            self._close_epoch()
+            if self.n_averaged:
+                # What saves the model at the end of the epoch saves the average: what training
+                # goes on with is to be saved before.
+                self._save_if_possible()
+                self._carry_average()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._check_in_fit()
         if self._bn_pass:
             self._bn_pass.finish()
-        if self._plan.is_snapshot(epoch):
-            self._take_snapshot(epoch)
-        self._learn_from_counts()
+        self._close_epoch()
         rate = self._learning_rate.read()
         if logs is not None and rate is not None:
             logs.setdefault("learning_rate", 0.0 if self._bn_pass else rate)
         self._mind_an_early_stop(epoch)
-        self._save_if_possible(epoch)
+        self._save_if_possible()
 
     def on_train_end(self, logs: Any = None) -> None:
+        self._average_in_model.close()
+        if self._bn_pass and self.arguments.bn_steps:
+            self.model.stop_training = self._stopped_early
         if self._epoch is None and self._backup:
             # All epochs were over when this run began, and the one before was killed later still.
             self._begin(self._plan.epochs)
@@ -329,7 +384,7 @@ class SWACallback(_Callback):
 
     def _begin(self, epoch: int) -> None:
         """Begin with an epoch, or behind the last: from the start, or where a run was killed."""
-        self._prepare()
+        self._prepare_average()
         over = self._resume(epoch)
         missed = self._plan.snapshots(over, epoch)
         if missed == [epoch - 1] and self._whole_epochs_since(over, epoch):
@@ -357,6 +412,7 @@ class SWACallback(_Callback):
                 "first epoch on, they are kept for a run that goes on."
             )
         self._save(epoch)  # what cannot be saved now could not be saved later
+        self._count()
 
     def _resume(self, epoch: int) -> int:
         """Take up what was saved before an epoch; return how many epochs were over then."""
@@ -369,10 +425,15 @@ class SWACallback(_Callback):
                 f"was after epoch {later[-1]}. This run begins with epoch {epoch + 1}, and "
                 "overwrites it."
             )
-        resumed = self._backup.resume(epoch, self._buffers, self._configuration) if epoch else None
-        if not resumed:
+        found = self._backup.newest(epoch, self._configuration) if epoch else None
+        if not found:
             return 0
-        over, record = resumed
+        over, record = found
+        buffers = self._buffers
+        if over < epoch or self.flavour.updates(self.model) not in (None, 0, record["updates"]):
+            # The model is not at the end of that epoch, but further on: its weights are right.
+            buffers.pop("trained", None)
+        self._backup.restore(over, buffers)
         self._saved = record
         self._plan = replace(
             self._plan,
@@ -413,35 +474,47 @@ class SWACallback(_Callback):
             "steps": self._plan.steps,
             "batch_size": self.inferred_batch_size,
         }
+        updates = self.flavour.updates(self.model)
+        if self.arguments.validate_average:
+            progress["updates"] = updates  # the weights are saved, too, and they change
         if self._saved and progress.items() <= self._saved.items():
             return
         record = {
             **progress,
-            "updates": self.flavour.updates(self.model),
+            "updates": updates,
             "updates_per_epoch": self._updates_per_epoch,
             "configuration": self._configuration,
         }
+        carried = self._average.swapped
+        self._average_in_model.close()
         self._backup.save(epoch, self._buffers, record)
         self._saved = record
+        if carried:
+            self._carry_average()
 
-    def _save_if_possible(self, epoch: int) -> None:
-        if not self._backup:
+    def _save_if_possible(self) -> None:
+        if not self._backup or self._epoch is None:
             return
         now = self.flavour.updates(self.model)
         if self._updates is not None and now is not None and not self._bn_pass:
             self._updates_per_epoch = now - self._updates
         try:
-            self._save(epoch + 1)
+            self._save(self._epoch + 1)
         except BackupError as error:
             # The training that is done is worth more than the chance of having to resume it.
             self._warn(
-                f"The average at the end of epoch {epoch + 1} was not saved, and training goes "
-                f"on: {error}"
+                f"The average at the end of epoch {self._epoch + 1} was not saved, and training "
+                f"goes on: {error}"
             )
 
     @property
     def _buffers(self) -> dict[str, Any]:
-        return {"weights": self._average, "batch_norm": self._bn_average}
+        buffers = {"weights": self._average, "batch_norm": self._bn_average}
+        if self.arguments.validate_average:
+            layers = self.flavour.live_batch_norm(self.model)
+            statistics = [v for layer in layers for v in layer.variables]
+            buffers["trained"] = [*trainable_variables(self.model), *statistics]
+        return buffers
 
     @property
     def _configuration(self) -> dict[str, Any]:
@@ -455,33 +528,34 @@ class SWACallback(_Callback):
                 for name, rate in (("swa_lr", arguments.swa_lr), ("swa_lr2", arguments.swa_lr2))
             },
             "swa_freq": plan.swa_freq,
+            "validate_average": arguments.validate_average,
             **self._average.layout,
             **self._bn_average.layout,
         }
 
-    def _prepare(self) -> None:
+    def _prepare_average(self) -> None:
         model = self.model
-        self._prepare_average()
-        counts = model.train_function
+        self._average = WeightAverage(model)
+        self._weight_names = self.flavour.weight_names(model)
+        self._bn_average = BatchNormAverage(
+            self.flavour.live_batch_norm(model), model.distribute_strategy
+        )
+
+    def _count(self) -> None:
+        counts = self.model.train_function
         if not isinstance(counts, CountingTrainFunction):
             # `fit` has just made the one that is replaced, and not traced it yet.
-            counts = CountingTrainFunction(model)
+            counts = CountingTrainFunction(self.model)
             counts.install()
         self._counts = counts
         self._counts.reset()
-
-    def _prepare_average(self) -> None:
-        model, strategy = self.model, self.model.distribute_strategy
-        self._average = WeightAverage(self.flavour.trainable_variables(model), strategy)
-        self._weight_names = self.flavour.weight_names(model)
-        self._bn_average = BatchNormAverage(self.flavour.live_batch_norm(model), strategy)
 
     def _follow_changes(self) -> None:
         """Follow what other callbacks have changed since the last epoch, as far as can be."""
         model = self.model
         self._learning_rate = self.flavour.learning_rate(model)  # compiled anew?
-        known = self._average.averaged
-        new = [v for v in self.flavour.trainable_variables(model) if id(v) not in known]
+        known = {id(v) for v in self._average.weights}  # by `id`: variables compare by value
+        new = [v for v in trainable_variables(model) if id(v) not in known]
         if not new:
             return
         if self.n_averaged:
@@ -494,6 +568,27 @@ class SWACallback(_Callback):
         self._prepare_average()
         self._plan = replace(self._plan, has_bn=bool(self.flavour.live_batch_norm(model)))
 
+    def _close_epoch(self) -> None:
+        """Do what is due when an epoch has trained: once, at its validation or at its end."""
+        assert self._epoch is not None
+        if self._closed == self._epoch:
+            return
+        self._closed = self._epoch
+        if self._plan.is_snapshot(self._epoch):
+            self._take_snapshot(self._epoch)
+        self._learn_from_counts()
+
+    def _carry_average(self) -> None:
+        """Put the average into the model until its next epoch, or whatever else trains it."""
+        stack = self._average_in_model
+        stack.enter_context(before_training(self.model, stack.close))
+        self._put_average_into_model(stack)
+
+    def _put_average_into_model(self, stack: contextlib.ExitStack) -> None:
+        if not self._average.swapped:
+            stack.enter_context(self._average.averaged_weights())
+            stack.enter_context(self._bn_average.averaged_statistics())
+
     def _take_snapshot(self, epoch: int) -> None:
         self._average.update()
         n_averaged = self._average.n_averaged
@@ -505,7 +600,7 @@ class SWACallback(_Callback):
         cause = (
             "a batch had fewer rows than there are replicas, and training on no rows makes NaN; "
             "choose batches that reach every replica"
-            if self.flavour.is_keras_3 and self._counts.empty_shares
+            if self.flavour.is_keras_3 and self._counts and self._counts.empty_shares
             else "training has diverged; lower the learning rate, or clip the gradients"
         )
         self._warn(

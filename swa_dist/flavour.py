@@ -1,6 +1,7 @@
 """What differs between the two Kerases, in one place."""
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator
 from types import MethodType, ModuleType
@@ -9,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.batch_norm import BatchNormLayer
+from swa_dist.replicas import tensorflow_variable
 
 _IMPORTS = {"keras": "swa_dist.keras", "tf_keras": "swa_dist.tfkeras"}
 
@@ -36,6 +38,25 @@ class Flavour:
         self._schedule_type: Any = optimizers.schedules.LearningRateSchedule
         if not self.is_keras_3:
             self._optimizer_types += (optimizers.legacy.Optimizer,)
+
+    @classmethod
+    def of(cls, model: Any) -> "Flavour":
+        """Return the flavour of a model. No Keras is imported for it: the model's is, already.
+
+        Raises:
+            TypeError: It is no model of a Keras that computes with TensorFlow.
+        """
+        for module in _imported():
+            if isinstance(model, module.Model) and module.backend.backend() == "tensorflow":
+                return cls(module)
+        raise TypeError(
+            "`model` must be a model of tf_keras, or of Keras 3 on its TensorFlow backend. "
+            f"Received: {type(model).__module__}.{type(model).__qualname__}."
+        )
+
+    def progress_bar(self, target: int | None, verbose: int) -> Any:
+        """Return a progress bar, as `fit` has it, of `target` steps; None: nobody knows."""
+        return self._module.utils.Progbar(target, verbose=verbose)
 
     def check_model(self, model: Any) -> None:
         """Refuse a model of another Keras.
@@ -70,17 +91,6 @@ class Flavour:
                 f"several. Received: {jobs}. Use tf_keras, and `from swa_dist.tfkeras import SWA`.",
                 stacklevel=4,
             )
-
-    def variable(self, variable: Any) -> tf.Variable:
-        """Return the TensorFlow variable behind a Keras one."""
-        return variable.value if self.is_keras_3 else variable
-
-    def trainable_variables(self, model: Any) -> list[tf.Variable]:
-        """Return the TensorFlow variables that training changes; none if there are none yet."""
-        try:
-            return [self.variable(v) for v in model.trainable_variables]
-        except ValueError:  # tf_keras, of a Sequential that was never called
-            return []
 
     def weight_names(self, model: Any) -> list[str]:
         """Return the names of a model's trainable variables, with those of their layers."""
@@ -127,7 +137,7 @@ class Flavour:
         renorm = None
         if getattr(layer, "renorm", False):
             renorm = tuple(
-                self.variable(getattr(layer, name))
+                tensorflow_variable(getattr(layer, name))
                 for name in ("renorm_mean", "renorm_stddev", "moving_stddev")
             )
         spec = layer.input_spec
@@ -136,8 +146,8 @@ class Flavour:
             layer,
             base=self._batch_norm_base,
             input_shape=tuple(channels.get(axis) for axis in range(spec.ndim)),
-            mean=self.variable(layer.moving_mean),
-            variance=self.variable(layer.moving_variance),
+            mean=tensorflow_variable(layer.moving_mean),
+            variance=tensorflow_variable(layer.moving_variance),
             epsilon=layer.epsilon,
             uses_mask=not getattr(layer, "fused", False),  # the fused kernel knows no mask
             renorm=renorm,
@@ -186,6 +196,17 @@ class OptimizerLearningRate:
         except (TypeError, AttributeError):
             return False
         return True
+
+
+def is_sequence(data: Any) -> bool:
+    """Return whether data is a `PyDataset` or `Sequence` of a Keras that was imported."""
+    return any(isinstance(data, module.utils.Sequence) for module in _imported())
+
+
+def _imported() -> list[ModuleType]:
+    """Return the Kerases that were imported, in full."""
+    modules = [sys.modules.get(name) for name in _IMPORTS]
+    return [module for module in modules if module and hasattr(module, "Model")]
 
 
 def _flatten_layers(model: Any) -> Iterator[Any]:

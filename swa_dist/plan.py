@@ -34,6 +34,8 @@ class Arguments:
     batch_size: int | None = None
     verbose: int = 0
     backup_dir: str | os.PathLike | None = None
+    validate_average: bool = False
+    bn_steps: int | None = None
 
     def __post_init__(self) -> None:
         fraction = _is_real(self.start_epoch) and 0 < self.start_epoch < 1
@@ -61,6 +63,10 @@ class Arguments:
             isinstance(self.backup_dir, str | os.PathLike) and os.fspath(self.backup_dir)
         ):
             _refuse(self, "backup_dir", "None or the path of a folder")
+        if not isinstance(self.validate_average, bool):
+            _refuse(self, "validate_average", "True or False")
+        if self.bn_steps is not None and not _is_integer(self.bn_steps, at_least=1):
+            _refuse(self, "bn_steps", "None or an integer >= 1: batches of the BN pass")
 
         if self.lr_schedule == "manual" and self.swa_lr != "auto":
             _refuse(

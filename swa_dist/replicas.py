@@ -34,6 +34,31 @@ def check_strategy(strategy: tf.distribute.Strategy, variables: Iterable[tf.Vari
             )
 
 
+def tensorflow_variable(variable: Any) -> tf.Variable:
+    """Return the TensorFlow variable behind one of Keras 3; one of TensorFlow's as it is."""
+    value = variable.value
+    return variable if callable(value) else value
+
+
+def trainable_variables(model: Any) -> list[tf.Variable]:
+    """Return the TensorFlow variables that training a model changes.
+
+    Raises:
+        ValueError: There are none.
+    """
+    try:
+        variables = [tensorflow_variable(v) for v in model.trainable_variables]
+    except ValueError:  # tf_keras, of a Sequential that was never called
+        variables = []
+    if not variables:
+        raise ValueError(
+            "`model` must be built and have trainable weights before SWA can average them. "
+            f"Received: the model {model.name!r}, built={model.built}, with none. Call it on a "
+            "batch, or `build` it, before."
+        )
+    return variables
+
+
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
     """Return whether this worker is the one that writes files; the only worker is."""
     return bool(strategy.extended.should_checkpoint)

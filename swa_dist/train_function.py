@@ -67,6 +67,22 @@ def _train_functions(model: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def before_training(model: Any, undo: Callable[[], None]) -> Iterator[None]:
+    """Have `undo` called by whoever is about to train a model, while open; `undo` closes this.
+
+    A `fit` that an exception has ended tells nobody. Both Kerases call `make_train_function` before
+    anything else when a model is about to train.
+    """
+
+    def make_train_function(*args: Any, **kwargs: Any) -> Any:
+        undo()
+        return model.make_train_function(*args, **kwargs)
+
+    with shadowed([(model, "make_train_function", make_train_function)]):
+        yield
+
+
+@contextlib.contextmanager
 def shadowed(shadows: Iterable[Shadow]) -> Iterator[None]:
     """Shadow attributes of objects while open.
 

@@ -1,56 +1,100 @@
 """The running average of a model's weights, kept on every replica."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from swa_dist.replicas import ReplicaFunction, Untracked, local_variable, read
+from swa_dist.replicas import (
+    ReplicaFunction,
+    Untracked,
+    check_strategy,
+    local_variable,
+    read,
+    trainable_variables,
+)
+
+# Updates for which the buffers are sums. They take fewer streams of memory than a running mean, but
+# lose digits as they grow: of weights that hardly move all of them are lost in the same direction.
+_LONGEST_SUM = 32
 
 
 class WeightAverage(tf.Module):
-    """Average of the values that variables had at each `update`.
+    """Average of the trainable weights that a model had at each `update`, exact on every replica.
 
-    The buffers are sums, mirrored like the variables. A sum in place moves three streams of memory
-    for each update (read the sum, read the variable, write the sum), fewer than a running mean.
-    Every replica reads and writes its own copies only: nothing is sent between replicas or to the
-    host, and equal inputs keep the copies bitwise equal. A `tf.train.Checkpoint` of it holds the
-    buffers, and not the variables.
+    It is what the `SWA` callback is built on, for training loops of your own. The buffers are
+    mirrored like the weights: one float32 (of float64 weights float64) for each. Every replica
+    reads and writes its own copies only; nothing is sent between replicas or to the host, and equal
+    weights keep the copies bitwise equal.
+
+    For the first 32 updates a buffer holds the sum s_n = s_(n-1) + w_n, and the average is s_n / n;
+    from then on it holds the average itself, a_n = a_(n-1) + (w_n - a_(n-1)) / n. The average is
+    within 1e-6 (relative to the largest weight of its variable) of the float64 mean of some 500
+    updates, and within 3e-6 of some 5,000.
+
+    A `tf.train.Checkpoint` of it holds the buffers, and not the weights.
 
     Args:
-        variables: `tf.Variable`s of floating dtype, in any order.
-        strategy: The `tf.distribute.Strategy` under which they were created.
+        model: A built Keras model, of either Keras, compiled or not. Its trainable weights are
+            those of this moment.
+
+    Raises:
+        ValueError: The model has no trainable weights, or its strategy has no replicas that step
+            together.
 
     Distribution:
-        Call everything in cross-replica context, on every worker.
+        Create it, and call everything, in cross-replica context, on every worker. `update` may
+        also be called within a `tf.function`, beside `strategy.run`, and every step if wanted.
+
+    Example:
+        >>> average = WeightAverage(model)
+        >>> for batch in strategy.experimental_distribute_dataset(data):
+        ...     train_step(batch)
+        ...     average.update()
+        >>> with average.averaged_weights():
+        ...     validate(model)
+        >>> average.copy_to_model()
 
     Reference:
         Izmailov et al., arXiv 1803.05407, Algorithm 1: w_SWA is the mean of the w visited.
     """
 
-    def __init__(self, variables: Sequence[tf.Variable], strategy: tf.distribute.Strategy) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
-        self._averaged = Untracked(variables)
-        self._strategy = strategy
+        self._strategy = strategy = model.distribute_strategy
+        variables = trainable_variables(model)
+        check_strategy(strategy, variables)
+        self._weights = Untracked(variables)
+        self._swapped = False
         with strategy.scope():
-            self.sums = [
-                local_variable(tf.zeros(v.shape, _sum_dtype(v.dtype))) for v in self._averaged
+            self.buffers = [
+                local_variable(tf.zeros(v.shape, _buffer_dtype(v.dtype))) for v in variables
             ]
             self.count = local_variable(tf.zeros([], tf.int64))
+            # What the buffers are to be divided by: the number of terms of a sum, 1 for a mean.
+            self.divisor = local_variable(tf.zeros([], tf.int64))
+            # While the average is in the model, its buffers hold the weights. What is narrower than
+            # its buffer could not hold the average, which has to stay where it is.
+            self._narrow = Untracked(
+                local_variable(tf.zeros(v.shape, v.dtype)) if _is_narrow(v) else None
+                for v in variables
+            )
         self._update = ReplicaFunction(self._update_replica, strategy)
         self._copy = ReplicaFunction(self._copy_replica, strategy)
+        self._swap_in = ReplicaFunction(self._swap_in_replica, strategy)
+        self._swap_out = ReplicaFunction(self._swap_out_replica, strategy)
 
     @property
-    def averaged(self) -> dict[int, tf.Variable]:
-        """The variables that are averaged, by `id`: they compare by value."""
-        return {id(v): v for v in self._averaged}
+    def weights(self) -> list[tf.Variable]:
+        """The weights that are averaged."""
+        return list(self._weights)
 
     @property
-    def layout(self) -> dict[str, str]:
-        """What each variable is, in words: averages of other variables cannot be taken up."""
-        return {
-            f"weight {i}": f"{tuple(v.shape)} {v.dtype.name}"
-            for i, v in enumerate(self._averaged, 1)
-        }
+    def swapped(self) -> bool:
+        """Whether the average is in the model, and the weights in its place."""
+        return self._swapped
 
     @property
     def n_averaged(self) -> int:
@@ -58,53 +102,188 @@ class WeightAverage(tf.Module):
         return read(self.count, self._strategy)
 
     def update(self) -> None:
-        """Take the variables' present values into the average, if all of them are finite.
+        """Take the model's present weights into the average, if all of them are finite.
 
         Values are taken for finite where their sum is: one look at memory, and no temporary.
+
+        Raises:
+            RuntimeError: The average is in the model.
         """
+        self._refuse_while_swapped("update")
         self._update()
 
+    def copy_to_model(self) -> None:
+        """Assign the average to the weights, on every replica. The average stays as it is.
+
+        Raises:
+            RuntimeError: The average is in the model already, for a while.
+        """
+        self._refuse_while_swapped("copy_to_model")
+        self._copy()
+
+    def swap(self) -> None:
+        """Exchange the model's weights and the average; the next call exchanges them back.
+
+        Nothing is rounded: after two calls weights and average are bitwise what they were. At most
+        one variable's worth of memory is needed on the way (half-precision weights have a copy of
+        their own).
+
+        Raises:
+            RuntimeError: There is no average yet.
+        """
+        self._refuse_without_average()
+        (self._swap_out if self._swapped else self._swap_in)()
+        self._swapped = not self._swapped
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Have the average in the model while open; afterwards all is bitwise as it was.
+
+        Within itself it does nothing more.
+
+        Raises:
+            RuntimeError: There is no average yet.
+        """
+        if self._swapped:
+            yield
+            return
+        self.swap()
+        try:
+            yield
+        finally:
+            if self._swapped:
+                self.swap()
+
+    def get_weights(self) -> list[np.ndarray]:
+        """Return the average as NumPy arrays, in the order of `model.trainable_variables`.
+
+        Raises:
+            RuntimeError: There is no average yet.
+        """
+        self._refuse_without_average()
+        local = self._strategy.experimental_local_results
+        if self._swapped:
+            return [np.array(local(v)[0].numpy(), copy=True) for v in self._weights]
+        divisor = read(self.divisor, self._strategy)
+        return [
+            tf.cast(local(buffer)[0] / divisor, v.dtype).numpy()
+            for buffer, v in zip(self.buffers, self._weights, strict=True)
+        ]
+
     def first_non_finite(self) -> int | None:
-        """Return the position of the first variable that `update` does not take for finite."""
-        sums = (_sum(v) for v in self._averaged)
+        """Return the position of the first weight that `update` does not take for finite."""
+        sums = (_sum(v) for v in self._weights)
         return next((i for i, s in enumerate(sums) if not tf.math.is_finite(s)), None)
 
-    def copy_to_model(self) -> None:
-        """Assign the average to the variables, on every replica. The average stays as it is."""
-        self._copy()
+    @property
+    def layout(self) -> dict[str, str]:
+        """What each weight is, in words: averages of other weights cannot be taken up."""
+        return {
+            f"weight {i}": f"{tuple(v.shape)} {v.dtype.name}"
+            for i, v in enumerate(self._weights, 1)
+        }
+
+    def _refuse_without_average(self) -> None:
+        if not self.n_averaged:
+            raise RuntimeError("There is no average yet: no `update` has taken finite weights.")
+
+    def _refuse_while_swapped(self, what: str) -> None:
+        if self._swapped:
+            raise RuntimeError(
+                f"`{what}` must be called while the model has its own weights. Received: a call "
+                "while the average is in the model. Swap back, or leave `averaged_weights`, first."
+            )
 
     def _update_replica(self) -> None:
         # A mean with one value that is not finite is lost, so all are looked at before any is
         # added. The replicas hold the same values: each decides alone, and alike.
         finite: list[tf.Tensor] = []
-        for variable in self._averaged:
+        for variable in self._weights:
             # One converted copy in memory at a time.
-            with tf.control_dependencies(finite[-1:] if variable.dtype.size < 4 else []):
+            with tf.control_dependencies(finite[-1:] if _is_narrow(variable) else []):
                 finite.append(tf.math.is_finite(_sum(variable)))
         tf.cond(tf.reduce_all(finite), self._add_replica, lambda: None)
 
     def _add_replica(self) -> None:
-        self.count.assign_add(1)
+        count = self.count.assign_add(1)
+        tf.cond(count <= _LONGEST_SUM, self._add_to_sums, self._move_means)
+
+    def _add_to_sums(self) -> None:
+        terms = self.count - 1
+
+        def sums_of_means() -> None:  # swapping leaves means
+            self._each(lambda buffer, *_: buffer.assign(buffer * tf.cast(terms, buffer.dtype)))
+
+        tf.cond(self.divisor < terms, sums_of_means, lambda: None)
         done: list[tf.Operation] = []
-        for total, variable in zip(self.sums, self._averaged, strict=True):
+        for buffer, variable in zip(self.buffers, self._weights, strict=True):
             with tf.control_dependencies(done):
-                value = tf.cast(variable, total.dtype)
-                added = total.assign_add(value, read_value=False)
-            if variable.dtype != total.dtype:
+                value = tf.cast(variable, buffer.dtype)
+                added = buffer.assign_add(value, read_value=False)
+            if _is_narrow(variable):
                 done = [added]  # one converted copy in memory at a time
+        self.divisor.assign(self.count)
+
+    def _move_means(self) -> None:
+        def means_of_sums() -> None:
+            self._each(lambda buffer, *_: buffer.assign(self._average(buffer)))
+
+        def move(buffer: tf.Variable, variable: tf.Variable, _: Any) -> tf.Operation:
+            step = (buffer - tf.cast(variable, buffer.dtype)) / tf.cast(self.count, buffer.dtype)
+            return buffer.assign_sub(step)
+
+        tf.cond(self.divisor > 1, means_of_sums, lambda: None)
+        self.divisor.assign(1)
+        self._each(move)
 
     def _copy_replica(self) -> None:
+        self._each(lambda buffer, v, _: v.assign(tf.cast(self._average(buffer), v.dtype)))
+
+    def _swap_in_replica(self) -> None:
+        def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
+            average, weight = self._average(buffer), variable.read_value()
+            with tf.control_dependencies([average, weight]):
+                kept = [variable.assign(tf.cast(average, variable.dtype))]
+                if narrow is None:
+                    kept += [buffer.assign(weight)]
+                else:
+                    kept += [narrow.assign(weight), buffer.assign(average)]
+            return tf.group(kept)
+
+        self._each(swap)
+        self.divisor.assign(1)
+
+    def _swap_out_replica(self) -> None:
+        def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
+            if narrow is not None:
+                return variable.assign(narrow)
+            average, weight = variable.read_value(), buffer.read_value()
+            with tf.control_dependencies([average, weight]):
+                return tf.group(variable.assign(weight), buffer.assign(average))
+
+        self._each(swap)
+
+    def _average(self, buffer: tf.Variable) -> tf.Tensor:
+        return buffer / tf.cast(self.divisor, buffer.dtype)
+
+    def _each(self, change: Callable[..., tf.Operation]) -> None:
+        """Call `change` with each buffer, its weight, and what a narrow one has of its own.
+
+        One after the other, so that no more than one of them is in memory twice.
+        """
         done: list[tf.Operation] = []
-        for total, variable in zip(self.sums, self._averaged, strict=True):
+        for each in zip(self.buffers, self._weights, self._narrow, strict=True):
             with tf.control_dependencies(done):
-                mean = total / tf.cast(self.count, total.dtype)
-                assigned = variable.assign(tf.cast(mean, variable.dtype), read_value=False)
-            done = [assigned]  # one quotient in memory at a time
+                done = [change(*each)]
+
+
+def _is_narrow(variable: tf.Variable) -> bool:
+    return variable.dtype != _buffer_dtype(variable.dtype)
+
+
+def _buffer_dtype(dtype: tf.DType) -> tf.DType:
+    return dtype if dtype.size > tf.float32.size else tf.float32
 
 
 def _sum(variable: tf.Variable) -> tf.Tensor:
-    return tf.reduce_sum(tf.cast(variable, _sum_dtype(variable.dtype)))
-
-
-def _sum_dtype(dtype: tf.DType) -> tf.DType:
-    return dtype if dtype.size > tf.float32.size else tf.float32
+    return tf.reduce_sum(tf.cast(variable, _buffer_dtype(variable.dtype)))

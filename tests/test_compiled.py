@@ -10,16 +10,15 @@ import tensorflow as tf
 import swa_dist
 from swa_dist.batch_norm import BatchNormAverage, BatchNormStatistics
 from swa_dist.batch_size import CountingTrainFunction
-from swa_dist.weight_average import WeightAverage
 from tests.test_batch_norm import layer
 from tests.test_lifecycle import NO_STRATEGY, assert_exact, build, data, fit
-from tests.test_weight_average import mirrored_variables
+from tests.test_weight_average import average_of, mirrored_variables
 from tests.tolerances import assert_weights
 
 
 def device_functions(kit):
     """All that a replica does, by name, with its inputs."""
-    average = WeightAverage(mirrored_variables(NO_STRATEGY, ["float32"] * 4), NO_STRATEGY)
+    average = average_of(mirrored_variables(NO_STRATEGY, ["float32"] * 4), NO_STRATEGY)
     yield "average: update", average._update_replica, ()
     yield "average: copy", average._copy_replica, ()
     norm = layer([3])

@@ -24,8 +24,8 @@ FLOORS = [
     ["_tensorflow", "backup", "moments", "replicas"],
     ["weight_average", "batch_norm", "train_function"],
     ["batch_size", "bn_pass", "flavour"],
-    ["callback"],
-    ["keras", "tfkeras"],
+    ["callback", "data"],
+    ["keras", "tfkeras", "update_bn"],
     ["__init__"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -7,11 +7,10 @@ import tensorflow as tf
 from swa_dist.backup import Backup
 from swa_dist.batch_norm import BatchNormAverage
 from swa_dist.replicas import is_chief
-from swa_dist.weight_average import WeightAverage
 from tests.kits import rows
 from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
 from tests.test_lifecycle import at, build, data, fit, norm_of, stop
-from tests.test_weight_average import copies, mirrored_variables
+from tests.test_weight_average import average_of, copies, mirrored_variables
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 from tests.tpu import tpu_on_cpus
 
@@ -32,7 +31,7 @@ def test_the_stand_in_is_made_of_tpu_variables_each_on_its_replicas_device(strat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_average_on_every_replica(strategy, dtype):
     variables = mirrored_variables(strategy, [dtype] * 4)
-    average = WeightAverage(variables, strategy)
+    average = average_of(variables, strategy)
     for value in (1, 2, 6):
         for v in variables:
             v.assign(tf.fill(v.shape, tf.constant(value, dtype)))
@@ -44,12 +43,12 @@ def test_the_average_on_every_replica(strategy, dtype):
     for replica in copies(strategy, variables):
         for array in replica:
             np.testing.assert_array_equal(array.astype("float32"), 3)
-    assert {type(v).__name__ for v in average.sums} == {"TPUDistributedVariable"}
+    assert {type(v).__name__ for v in average.buffers} == {"TPUDistributedVariable"}
 
 
 def test_each_replica_averages_its_own_copy(strategy):
     v, *_ = mirrored_variables(strategy, ["float32"] * 4)
-    average = WeightAverage([v], strategy)
+    average = average_of([v], strategy)
 
     @tf.function
     def differ(scale):
@@ -69,14 +68,15 @@ def test_each_replica_averages_its_own_copy(strategy):
 
 def test_the_average_is_saved_and_taken_up_again(strategy, tmp_path):
     variables = mirrored_variables(strategy, ["float32"] * 4)
-    average, backup = WeightAverage(variables, strategy), Backup(tmp_path, is_chief(strategy))
+    average, backup = average_of(variables, strategy), Backup(tmp_path, is_chief(strategy))
     for v in variables:
         v.assign(tf.ones_like(v))
     average.update()
     backup.open()
     backup.save(1, {"weights": average}, {"configuration": {}})
-    another = WeightAverage(variables, strategy)
-    assert backup.resume(1, {"weights": another}, {}) == (1, {"configuration": {}})
+    another = average_of(variables, strategy)
+    assert backup.newest(1, {}) == (1, {"configuration": {}})
+    backup.restore(1, {"weights": another})
     for v in variables:
         v.assign(tf.fill(v.shape, 3.0))
     another.update()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,15 @@ from swa_dist.weight_average import WeightAverage
 from tests.tolerances import assert_bitwise, assert_weights
 
 SHAPES = [(7, 5), (5,), (), (3, 2, 4)]
+
+
+def stand_in(variables, strategy):
+    """What an average asks of a model."""
+    return SimpleNamespace(trainable_variables=variables, distribute_strategy=strategy)
+
+
+def average_of(variables, strategy):
+    return WeightAverage(stand_in(variables, strategy))
 
 
 def mirrored_variables(strategy, dtypes):
@@ -29,7 +39,7 @@ def copies(strategy, variables):
 @pytest.mark.parametrize("n_snapshots", [1, 3, 100])
 def test_the_model_gets_the_mean_on_every_replica(strategy, n_snapshots):
     variables = mirrored_variables(strategy, ["float32"] * 4)
-    average = WeightAverage(variables, strategy)
+    average = average_of(variables, strategy)
     rng = np.random.default_rng(0)
     seen = []
     for _ in range(n_snapshots):
@@ -51,7 +61,7 @@ def test_the_model_gets_the_mean_on_every_replica(strategy, n_snapshots):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_sums_are_at_least_float32(two_replicas, dtype):
     variables = mirrored_variables(two_replicas, [dtype] * 4)
-    average = WeightAverage(variables, two_replicas)
+    average = average_of(variables, two_replicas)
     # 200 additions of 60000: beyond float16's range, and beyond bfloat16's digits after the third
     for _ in range(200):
         average.update()
@@ -61,14 +71,13 @@ def test_sums_are_at_least_float32(two_replicas, dtype):
     expected = tf.cast(tf.cast(tf.constant(60000, dtype), tf.float64) * 0.995, dtype).numpy()
     for value in copies(two_replicas, variables)[1]:
         assert value.dtype == tf.as_dtype(dtype)
-        np.testing.assert_allclose(
-            value.astype("float64"), np.float64(expected), rtol=0 if dtype != "float32" else 1e-7
-        )
+        rounding = {"float32": 1e-7, "float64": 1e-15}.get(dtype, 0)
+        np.testing.assert_allclose(value.astype("float64"), np.float64(expected), rtol=rounding)
 
 
 def test_float64_keeps_its_digits(two_replicas):
     variables = mirrored_variables(two_replicas, ["float64"] * 4)
-    average = WeightAverage(variables, two_replicas)
+    average = average_of(variables, two_replicas)
     for value in (1.0, 1.0 + 2**-40):
         for v in variables:
             v.assign(tf.fill(v.shape, tf.constant(value, tf.float64)))
@@ -87,13 +96,17 @@ def test_buffers_are_mirrored_one_copy_for_each_replica(strategy, monkeypatch):
         return created[-1]
 
     monkeypatch.setattr(tf, "Variable", spy)
-    average = WeightAverage(variables, strategy)
+    average = average_of(variables, strategy)
     average.update()
     average.copy_to_model()
-    *sums, count = created
-    assert [tuple(v.shape) for v in sums] == SHAPES
-    assert [v.dtype for v in sums] == [tf.float32, tf.float32, tf.float64, tf.float32]
-    assert (tuple(count.shape), count.dtype) == ((), tf.int64)
+    average.swap()
+    average.swap()
+    *buffers, count, divisor, narrow = created
+    assert [tuple(v.shape) for v in buffers] == SHAPES
+    assert [v.dtype for v in buffers] == [tf.float32, tf.float32, tf.float64, tf.float32]
+    for v in (count, divisor):
+        assert (tuple(v.shape), v.dtype) == ((), tf.int64)
+    assert (tuple(narrow.shape), narrow.dtype) == (SHAPES[1], tf.float16)
     for v in created:
         local = strategy.experimental_local_results(v)
         assert len(local) == strategy.num_replicas_in_sync
@@ -104,7 +117,7 @@ def test_buffers_are_mirrored_one_copy_for_each_replica(strategy, monkeypatch):
 def test_each_replica_averages_what_it_has_and_none_sends_anything(two_replicas):
     with two_replicas.scope():
         v = tf.Variable([0.0], aggregation=tf.VariableAggregation.NONE)
-    average = WeightAverage([v], two_replicas)
+    average = average_of([v], two_replicas)
 
     @tf.function
     def differ(scale):
@@ -138,7 +151,7 @@ def test_each_operation_is_traced_once(two_replicas):
             traces.append("copy")
             super()._copy_replica()
 
-    average = Counted(mirrored_variables(two_replicas, ["float32"] * 4), two_replicas)
+    average = Counted(stand_in(mirrored_variables(two_replicas, ["float32"] * 4), two_replicas))
     for _ in range(3):
         average.update()
         average.copy_to_model()
@@ -148,7 +161,7 @@ def test_each_operation_is_traced_once(two_replicas):
 def test_many_instances_cause_no_retracing_warning(caplog):
     strategy = tf.distribute.get_strategy()
     for _ in range(8):
-        average = WeightAverage(mirrored_variables(strategy, ["float32"] * 4), strategy)
+        average = average_of(mirrored_variables(strategy, ["float32"] * 4), strategy)
         average.update()
         average.copy_to_model()
     assert "retracing" not in caplog.text
@@ -156,9 +169,9 @@ def test_many_instances_cause_no_retracing_warning(caplog):
 
 def test_buffers_are_freed_with_the_average():
     strategy = tf.distribute.get_strategy()
-    average = WeightAverage(mirrored_variables(strategy, ["float32"] * 4), strategy)
+    average = average_of(mirrored_variables(strategy, ["float32"] * 4), strategy)
     average.update()
-    buffer = weakref.ref(average.sums[0])
+    buffer = weakref.ref(average.buffers[0])
     del average
     gc.collect()
     assert buffer() is None
@@ -169,7 +182,7 @@ def test_buffers_are_freed_with_the_average():
 @pytest.mark.parametrize("position", [0, 3])
 def test_what_is_not_finite_leaves_the_average_as_it_was(strategy, value, dtype, position):
     variables = mirrored_variables(strategy, [dtype] * 4)
-    average = WeightAverage(variables, strategy)
+    average = average_of(variables, strategy)
     for v in variables:
         v.assign(tf.ones_like(v))
     average.update()
@@ -193,15 +206,170 @@ def test_what_is_not_finite_leaves_the_average_as_it_was(strategy, value, dtype,
 def test_a_large_float16_variable_is_not_taken_for_infinite(two_replicas):
     with two_replicas.scope():
         v = tf.Variable(tf.fill([100], tf.constant(60000, tf.float16)))
-    average = WeightAverage([v], two_replicas)
+    average = average_of([v], two_replicas)
     average.update()
     assert average.n_averaged == 1
+
+
+def random_weights(strategy, variables, generator):
+    values = [generator.normal(size=v.shape) * 3 for v in variables]
+    for v, value in zip(variables, values, strict=True):
+        v.assign(tf.cast(value, v.dtype))
+    return copies(strategy, variables)[0]
+
+
+@pytest.mark.parametrize("swaps", [False, True])
+def test_hundreds_of_updates_whatever_the_buffers_hold(two_replicas, swaps):
+    """Sums at first, means later; and means at any time, once the average was in the model."""
+    variables = mirrored_variables(two_replicas, ["float32", "bfloat16", "float64", "float32"])
+    average = average_of(variables, two_replicas)
+    generator, totals = np.random.default_rng(0), [0] * len(SHAPES)
+    for n in range(1, 301):
+        weights = random_weights(two_replicas, variables, generator)
+        totals = [t + w.astype("float64") for t, w in zip(totals, weights, strict=True)]
+        average.update()
+        if swaps and n % 7 == 2:
+            average.swap()
+            average.swap()
+        if n in (1, 2, 3, 31, 32, 33, 34, 300):
+            actual = average.get_weights()
+            assert [a.dtype for a in actual] == [w.dtype for w in weights]
+            wide = [i for i, w in enumerate(weights) if w.dtype.itemsize > 2]
+            assert_weights([actual[i] for i in wide], [totals[i] / n for i in wide])
+            np.testing.assert_allclose(
+                actual[1].astype("float64"), totals[1] / n, rtol=2**-8, atol=1e-3
+            )
+    average.copy_to_model()
+    assert_bitwise(copies(two_replicas, variables)[0], average.get_weights())
+
+
+def test_weights_that_do_not_move_are_their_own_average(two_replicas):
+    variables = mirrored_variables(two_replicas, ["float32"] * 4)
+    average = average_of(variables, two_replicas)
+    weights = random_weights(two_replicas, variables, np.random.default_rng(0))
+    for _ in range(1000):
+        average.update()
+    assert_weights(average.get_weights(), weights)
+
+
+@pytest.mark.parametrize("updates", [3, 40])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_swap_rounds_nothing(strategy, dtype, updates):
+    variables = mirrored_variables(strategy, [dtype] * 4)
+    average, generator = average_of(variables, strategy), np.random.default_rng(1)
+    for _ in range(updates):
+        random_weights(strategy, variables, generator)
+        average.update()
+    weights, mean = random_weights(strategy, variables, generator), average.get_weights()
+    for _ in range(2):
+        with average.averaged_weights():
+            assert average.swapped
+            for replica in copies(strategy, variables):
+                assert_bitwise(replica, mean)
+            assert_bitwise(average.get_weights(), mean)
+            with average.averaged_weights():  # does nothing more
+                assert_bitwise(copies(strategy, variables)[0], mean)
+            assert average.swapped
+            for refused in (average.update, average.copy_to_model):
+                with pytest.raises(RuntimeError, match=f"`{refused.__name__}` must be called"):
+                    refused()
+        for replica in copies(strategy, variables):
+            assert_bitwise(replica, weights)
+        assert_bitwise(average.get_weights(), mean)
+
+
+def test_an_exception_swaps_back(two_replicas):
+    variables = mirrored_variables(two_replicas, ["float32"] * 4)
+    average, generator = average_of(variables, two_replicas), np.random.default_rng(1)
+    average.update()
+    weights = random_weights(two_replicas, variables, generator)
+    with pytest.raises(KeyError), average.averaged_weights():
+        raise KeyError
+    assert_bitwise(copies(two_replicas, variables)[1], weights)
+
+
+def test_without_an_average_there_is_nothing_to_swap(two_replicas):
+    variables = mirrored_variables(two_replicas, ["float32"] * 4)
+    average = average_of(variables, two_replicas)
+    variables[0].assign(tf.fill(SHAPES[0], np.nan))
+    average.update()
+    with pytest.raises(RuntimeError, match="no `update` has taken finite weights"):
+        average.swap()
+    with pytest.raises(RuntimeError, match="There is no average yet"), average.averaged_weights():
+        pass
+    with pytest.raises(RuntimeError, match="There is no average yet"):
+        average.get_weights()
+
+
+@pytest.mark.parametrize("first", ["within", "outside"])
+def test_updates_within_a_tf_function_and_outside_are_the_same(strategy, first):
+    variables = mirrored_variables(strategy, ["float32"] * 4)
+    average = average_of(variables, strategy)
+
+    @tf.function
+    def step(scale):
+        for v in variables:
+            v.assign(tf.fill(v.shape, scale))
+        average.update()
+
+    for n, scale in enumerate([1.0, 4.0, 7.0]):
+        if (n % 2 == 0) == (first == "within"):
+            step(tf.constant(scale))
+        else:
+            for v in variables:
+                v.assign(tf.fill(v.shape, scale))
+            average.update()
+    assert average.n_averaged == 3
+    for array in average.get_weights():
+        np.testing.assert_array_equal(array, 4)
+
+
+def test_a_checkpoint_holds_the_average_and_no_weights(strategy, tmp_path):
+    variables = mirrored_variables(strategy, ["float32", "bfloat16", "float64", "float32"])
+    average, generator = average_of(variables, strategy), np.random.default_rng(2)
+    for _ in range(3):
+        random_weights(strategy, variables, generator)
+        average.update()
+    path = tf.train.Checkpoint(average=average).save(str(tmp_path / "c"))
+    names = [name for name, _ in tf.train.list_variables(path) if "average/" in name]
+    assert len(names) == len(SHAPES) + 2
+    weights = random_weights(strategy, variables, generator)
+    restored = average_of(variables, strategy)
+    tf.train.Checkpoint(average=restored).restore(path).assert_consumed()
+    assert restored.n_averaged == 3
+    assert_bitwise(restored.get_weights(), average.get_weights())
+    assert_bitwise(copies(strategy, variables)[0], weights)
+
+
+def test_of_a_model_of_either_keras(kit, two_replicas):
+    with two_replicas.scope():
+        layers = kit.keras.layers
+        model = kit.keras.Sequential(
+            [layers.Input((3,)), layers.BatchNormalization(), layers.Dense(2)]
+        )
+    average = WeightAverage(model)
+    trained = kit.trainable(model)
+    average.update()
+    for v in model.trainable_variables:
+        v.assign(v + 2)
+    average.update()
+    for array, weight in zip(average.get_weights(), trained, strict=True):
+        np.testing.assert_allclose(array, weight + 1, rtol=1e-6)
+    average.copy_to_model()
+    assert_bitwise(kit.trainable(model), average.get_weights())
+    kit.assert_replicas_agree(model)
+
+
+def test_a_model_without_weights_is_refused(kit):
+    model = kit.keras.Sequential([kit.keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match="`model` must be built and have trainable weights"):
+        WeightAverage(model)
 
 
 def test_an_update_compiles_under_xla():
     strategy = tf.distribute.get_strategy()
     variables = mirrored_variables(strategy, ["float32", "bfloat16", "float32", "float64"])
-    average = WeightAverage(variables, strategy)
+    average = average_of(variables, strategy)
     compiled = tf.function(average._update_replica, jit_compile=True)
     compiled()
     variables[0].assign(tf.fill(SHAPES[0], np.inf))

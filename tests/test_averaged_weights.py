@@ -1,0 +1,270 @@
+"""The average in use while training goes on, and training none the wiser."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.conftest import mirrored
+from tests.test_lifecycle import Statistics, assert_exact, at, build, data, norm_of, stop
+from tests.tolerances import assert_bitwise, assert_weights
+
+START, EPOCHS = 2, 6
+X, Y = data(24, seed=3)
+
+
+def nothing(swa):
+    return []
+
+
+def run(kit, strategy, before=(), after=nothing, epochs=EPOCHS, **arguments):
+    """A run with validation: model, recorder, callback, history."""
+    kit.keras.utils.set_random_seed(7)
+    model, recorder = build(kit, strategy), kit.Recorder()
+    swa = kit.SWA(START, **arguments)
+    history = model.fit(
+        *data(20), batch_size=8, epochs=epochs, verbose=0, shuffle=False, validation_data=(X, Y),
+        validation_batch_size=8, callbacks=[recorder, *before, swa, *after(swa)],
+    ).history  # fmt: skip
+    return model, recorder, swa, history
+
+
+@functools.cache
+def plain(kit, n):
+    """What a run leaves that does not look at the average before its end."""
+    model, recorder, _, history = run(kit, mirrored(n))
+    return recorder, history, kit.statistics(norm_of(model))
+
+
+def assert_undisturbed(kit, n, weights, losses, statistics=None):
+    """Training went as it goes without a look at the average."""
+    recorder, history, its_statistics = plain(kit, n)
+    # TensorFlow adds up the gradients of more than two replicas in any order.
+    same = assert_bitwise if n <= 2 else assert_weights
+    for ours, theirs in zip(weights[: EPOCHS - 1], recorder.weights[: EPOCHS - 1], strict=True):
+        same(ours, theirs)
+    if losses is not None:
+        same([np.array(losses[:-1])], [np.array(history["loss"][:-1])])
+    if statistics is not None:
+        same(statistics, its_statistics)
+
+
+def all_weights(kit, model):
+    return [replica for v in model.weights for replica in kit.replicas(v)]
+
+
+def reference(kit, weights, statistics):
+    """A model on one device, with an average of weights and statistics."""
+    model = build(kit)
+    for v, value in zip(model.trainable_variables, weights, strict=True):
+        v.assign(value)
+    norm = norm_of(model)
+    for v, value in zip((norm.moving_mean, norm.moving_variance), statistics, strict=True):
+        v.assign(value)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("hook", "n"),
+    [("on_epoch_end", 1), ("on_epoch_end", 2), ("on_epoch_end", 4), ("on_train_batch_end", 2)],
+)
+def test_the_model_carries_the_average_and_nothing_is_left_of_it(kit, hook, n):
+    seen = []
+
+    def look(swa):
+        def carried(model):
+            with swa.averaged_weights():
+                with swa.averaged_weights():  # does nothing more
+                    pass
+                seen.append(kit.trainable(model))
+                seen.append(kit.statistics(norm_of(model)))
+                seen.append(model.evaluate(X, Y, batch_size=8, verbose=0))
+                raise KeyError
+
+        def action(model):
+            if not seen:
+                before = all_weights(kit, model)
+                with pytest.raises(KeyError):
+                    carried(model)
+                assert_bitwise(all_weights(kit, model), before)
+
+        return [at(kit, 4, action, hook)]
+
+    last = 4 if hook == "on_epoch_end" else 3
+    kept = Statistics(kit, *range(START, last + 1))
+    model, recorder, _, history = run(kit, mirrored(n), before=[kept.callback], after=look)
+
+    weights, statistics, loss = seen
+    assert_weights(weights, recorder.mean(*range(START, last + 1)))
+    expected = [np.mean(s, 0) for s in zip(*kept.snapshots, strict=True)]
+    np.testing.assert_allclose(statistics, expected, rtol=1e-6)
+    expected = reference(kit, weights, statistics).evaluate(X, Y, batch_size=8, verbose=0)
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+    # Amid an epoch, `evaluate` starts the epoch's metrics anew.
+    losses = history["loss"] if hook == "on_epoch_end" else None
+    assert_undisturbed(kit, n, recorder.weights, losses, kit.statistics(norm_of(model)))
+    assert_weights(kit.trainable(model), plain(kit, n)[0].mean(*range(START, EPOCHS)))
+
+
+def test_in_the_bn_pass_the_model_has_the_average_anyway(kit, two_replicas):
+    seen = []
+
+    def look(swa):
+        def action(model):
+            with swa.averaged_weights():
+                seen.append(all_weights(kit, model))
+
+        return [at(kit, EPOCHS, action)]
+
+    model, *_ = run(kit, two_replicas, after=look)
+    assert_bitwise(all_weights(kit, model), seen[0])
+
+
+def test_without_a_snapshot_or_a_fit_there_is_an_error(kit, two_replicas):
+    errors = []
+
+    def look(swa):
+        def action(model):
+            with pytest.raises(RuntimeError) as error, swa.averaged_weights():
+                pass
+            errors.append(str(error.value))
+
+        return [at(kit, 1, action)]
+
+    *_, swa, _ = run(kit, two_replicas, after=look)
+    assert "before the end of epoch 2" in errors[0]
+    for unused in (swa, kit.SWA(2)):
+        outside = pytest.raises(RuntimeError, match="After `fit` the model holds")
+        with outside, unused.averaged_weights():
+            pass
+
+
+def test_validation_is_of_the_average(kit, strategy, tmp_path):
+    path = str(tmp_path / "best.keras")
+    checkpoint = kit.keras.callbacks.ModelCheckpoint(path, "val_loss", save_best_only=True)
+    kept, losses = Statistics(kit, *range(START, EPOCHS)), []
+
+    def every_epoch(swa):
+        def action(epoch, logs):
+            losses.append(model_of[0].evaluate(X, Y, batch_size=8, verbose=0))
+
+        return [checkpoint, kit.keras.callbacks.LambdaCallback(on_epoch_end=action)]
+
+    # The statistics of the epochs' ends, before the average comes into the model.
+    class Before(kit.keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            model_of[:] = [self.model]
+
+        def on_test_begin(self, logs=None):
+            kept.callback.set_model(self.model)
+            kept.callback.on_epoch_end(self.epoch)
+            trained.append(kit.trainable(self.model))
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epoch = epoch
+
+    model_of, trained = [], []
+    model, _, swa, history = run(
+        kit, strategy, before=[Before()], after=every_epoch, validate_average=True
+    )
+
+    # What callbacks behind it evaluate is what validation was of.
+    np.testing.assert_allclose(history["val_loss"], losses, rtol=1e-5)
+    for epoch in range(START, EPOCHS):
+        mean = [np.mean(np.float64(ws), 0) for ws in zip(*trained[START - 1 : epoch], strict=True)]
+        statistics = [np.mean(s, 0) for s in zip(*kept.snapshots[: epoch - 1], strict=True)]
+        expected = reference(kit, mean, statistics).evaluate(X, Y, batch_size=8, verbose=0)
+        assert history["val_loss"][epoch - 1] == pytest.approx(expected, rel=1e-4)
+    n = strategy.num_replicas_in_sync
+    recorder, its_history, _ = plain(kit, n)
+    assert history["val_loss"][0] == pytest.approx(its_history["val_loss"][0], rel=1e-6)
+    assert_undisturbed(kit, n, trained, history["loss"])
+    assert swa.n_averaged == EPOCHS - START
+    assert_weights(kit.trainable(model), recorder.mean(*range(START, EPOCHS)))
+    kit.assert_replicas_agree(model)
+
+    # The file is of the best epoch, and has the average.
+    saved = kit.keras.models.load_model(path)
+    assert saved.evaluate(X, Y, batch_size=8, verbose=0) == pytest.approx(
+        min(history["val_loss"]), rel=1e-5
+    )
+
+
+def test_early_stopping_speaks_of_the_average_and_keeps_it(kit, two_replicas):
+    class Validated(kit.keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            weights.append(self.model.get_weights())
+
+    weights = []
+    stopping = kit.keras.callbacks.EarlyStopping(
+        "val_loss", patience=2, min_delta=1e3, start_from_epoch=2, restore_best_weights=True
+    )
+    model, _, swa, history = run(
+        kit, two_replicas, before=[stopping], after=lambda swa: [Validated()], epochs=9,
+        validate_average=True,
+    )  # fmt: skip
+    assert len(history["loss"]) == 6
+    assert_bitwise(stopping.best_weights, weights[2])  # none was better by 1000
+    assert swa.n_averaged == 4
+    assert_weights(kit.trainable(model), plain(kit, 2)[0].mean(2, 3, 4, 5))
+    kit.assert_replicas_agree(model)
+
+
+@pytest.mark.parametrize("hook", ["on_test_batch_end", "on_epoch_end"])
+def test_an_exception_while_the_average_is_in_the_model_costs_training_nothing(
+    kit, two_replicas, hook
+):
+    def fail(model):
+        raise KeyError
+
+    kept = []
+
+    class Keep(kit.keras.callbacks.Callback):
+        def on_test_begin(self, logs=None):
+            kept.append(all_weights(kit, self.model))
+            model_of[:] = [self.model]
+
+    model_of = []
+    with pytest.raises(KeyError):
+        run(
+            kit, two_replicas, before=[Keep()], after=lambda swa: [at(kit, 4, fail, hook)],
+            validate_average=True,
+        )  # fmt: skip
+    (model,) = model_of
+    assert any(
+        (a != b).any() for a, b in zip(all_weights(kit, model), kept[-1], strict=True)
+    )  # it still has the average
+    seen = []
+    recorder = kit.keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: seen.append(all_weights(kit, model))
+    )
+    model.fit(*data(20), verbose=0, callbacks=[recorder])
+    assert_bitwise(seen[0], kept[-1])
+    assert "make_train_function" not in vars(model)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_bn_pass_takes_so_many_batches(kit, two_replicas, steps):
+    model = build(kit, two_replicas)
+    recorder, swa = kit.Recorder(), kit.SWA(START, bn_steps=steps)
+    history = model.fit(
+        *data(), batch_size=8, epochs=5, verbose=0, shuffle=False, validation_data=(X, Y),
+        callbacks=[recorder, swa],
+    ).history  # fmt: skip
+    assert len(history["loss"]) == 5
+    assert not model.stop_training
+    assert history["val_loss"][-1] == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
+    seen = data()[0][: 8 * steps].astype("float64")
+    assert_exact(kit, model, recorder, range(START, 5), seen=seen)
+
+
+def test_a_stopped_run_with_a_shorter_bn_pass_stays_stopped(kit, two_replicas):
+    model = build(kit, two_replicas)
+    recorder, swa = kit.Recorder(), kit.SWA(START, bn_steps=1)
+    model.fit(
+        *data(), batch_size=8, epochs=9, verbose=0, shuffle=False,
+        callbacks=[recorder, at(kit, 3, stop), swa],
+    )  # fmt: skip
+    assert model.stop_training
+    assert_exact(kit, model, recorder, [2, 3], seen=data()[0][:8].astype("float64"))
