@@ -41,6 +41,8 @@ class Backup:
 
     def __init__(self, folder: str | os.PathLike, writes: bool) -> None:
         self.folder = os.fspath(folder)
+        if "://" not in self.folder:
+            self.folder = os.path.abspath(self.folder)  # the program may change its directory
         self._writes = writes
 
     @property
@@ -59,6 +61,11 @@ class Backup:
         Raises:
             BackupError: It cannot be written to, or a run of another process uses it.
         """
+        if "[" in self.folder:
+            raise BackupError(
+                f"`backup_dir` must not have a '[' in it, which TensorFlow takes for a pattern. "
+                f"Received: {self.folder!r}."
+            )
         if not self._writes:
             return
         try:
@@ -86,11 +93,12 @@ class Backup:
         try:
             if not self._holds:
                 raise OSError("another run of this process has begun to use the folder")
-            # Of a run that went on from an earlier epoch: it comes to this one again.
-            self._remove(e for e in self.epochs if e >= epoch)
+            # A run that went on from an earlier epoch comes to this one again.
+            self._remove(e for e in self.epochs if e == epoch)
             tf.io.gfile.makedirs(self.folder)
             tf.train.Checkpoint(**buffers, record=_Record(record)).write(self.path(epoch))
-            self._remove(self.epochs[:-_KEPT])
+            kept = [e for e in self.epochs if e <= epoch][-_KEPT:]
+            self._remove(e for e in self.epochs if e not in kept)
             self._remove_remains()
         except (tf.errors.OpError, OSError) as error:
             if self._holds:
@@ -101,13 +109,14 @@ class Backup:
             ) from error
 
     def newest(
-        self, epoch: int, configuration: Mapping[str, Any]
+        self, epoch: int, configuration: Mapping[str, Any], layout: Mapping[str, Any]
     ) -> tuple[int, dict[str, Any]] | None:
         """Find the newest whole state of what was before an epoch.
 
         Args:
             epoch: Number of epochs that are over.
             configuration: What the "configuration" in the record must be equal to.
+            layout: What the "layout" in the record must be equal to, if it has one.
 
         Returns:
             The number of epochs that were over, and the record; None if there is no such state.
@@ -127,6 +136,8 @@ class Backup:
                 )
                 continue
             _check(record["configuration"], configuration, path)
+            if record["layout"]:
+                _check(record["layout"], layout, path)
             return saved, record
         return None
 
@@ -136,12 +147,18 @@ class Backup:
         status.assert_existing_objects_matched().expect_partial()
 
     def remove(self) -> None:
-        """Remove all states, and the folder if nothing else is in it, and let go of it."""
+        """Remove all states, and let go of the folder."""
+        if self._holds:
+            with contextlib.suppress(tf.errors.OpError, OSError):
+                self._remove(self.epochs)
+                self._remove_remains()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder, and remove it if nothing is in it."""
         if not self._holds:
             return
         with contextlib.suppress(tf.errors.OpError, OSError):
-            self._remove(self.epochs)
-            self._remove_remains()
             with contextlib.suppress(tf.errors.NotFoundError):
                 tf.io.gfile.remove(os.path.join(self.folder, _LOCK))
             if not self._names():
@@ -151,8 +168,9 @@ class Backup:
             os.close(file)
 
     @property
-    def _key(self) -> str:
-        return self.folder if "://" in self.folder else os.path.realpath(self.folder)
+    def _key(self) -> tuple[int, str]:
+        # With the process: what it forks holds nothing.
+        return os.getpid(), self.folder
 
     @property
     def _holds(self) -> bool:
@@ -174,7 +192,8 @@ class Backup:
         """Remove the files of states that are not there as a whole, such as a kill leaves."""
         whole = {os.path.basename(self.path(epoch)) for epoch in self.epochs}
         for name in self._names():
-            if name.startswith(_NAME) and name.partition(".")[0] not in whole:
+            ours = re.fullmatch(rf"({_NAME}\d+)(_temp|\.index.*|\.data-\d+-of-\d+.*)", name)
+            if ours and ours[1] not in whole:
                 path = os.path.join(self.folder, name)
                 (tf.io.gfile.rmtree if tf.io.gfile.isdir(path) else tf.io.gfile.remove)(path)
 
@@ -189,7 +208,7 @@ class Backup:
 
 # Who holds a folder in this process, and its lock file, which stays open: whichever of the files
 # that a process has opened is closed, its lock is gone.
-_HELD: dict[str, tuple[Backup, int | None]] = {}
+_HELD: dict[tuple[int, str], tuple[Backup, int | None]] = {}
 
 
 def _locked(path: str) -> int | None:

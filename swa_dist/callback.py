@@ -226,7 +226,7 @@ class SWACallback(_Callback):
             has_bn=bool(self.flavour.live_batch_norm(model)),
             # It reads 0 where a BN pass was cut short; by now that has been put back.
             initial_rate=self._initial_rate or self._read_rate(),
-            steps=self.params.get("steps"),
+            steps=None if self.params.get("steps") is None else int(self.params["steps"]),
         )
         self._backup = None
         if self.arguments.backup_dir is not None:
@@ -238,7 +238,7 @@ class SWACallback(_Callback):
         self._epoch = None
         self._bn_pass = None
         self._in_fit = True
-        self._stopped_early = False
+        self._stopped = 0
         self._not_finite = 0
         self.n_averaged = 0
         self.inferred_batch_size = None
@@ -253,7 +253,12 @@ class SWACallback(_Callback):
         self._beginning.pop(self.model, None)
         self._average_in_model.close()
         if self._epoch is None:
-            self._begin(epoch)
+            try:
+                self._begin(epoch)
+            except BaseException:
+                if self._backup:
+                    self._backup.close()
+                raise
         elif not self._bn_pass:
             self._follow_changes()
         self._epoch = epoch
@@ -305,12 +310,12 @@ class SWACallback(_Callback):
     def on_train_end(self, logs: Any = None) -> None:
         self._average_in_model.close()
         if self._bn_pass and self.arguments.bn_steps:
-            self.model.stop_training = self._stopped_early
+            self.model.stop_training = bool(self._stopped)
         if self._epoch is None and self._backup:
             # All epochs were over when this run began, and the one before was killed later still.
             self._begin(self._plan.epochs)
-            if self.n_averaged:
-                self._average.copy_to_model()  # the BN pass is over, too
+            if self.n_averaged and (not self._plan.has_bn or self._is_finished):
+                self._average.copy_to_model()
                 self._say(_FINAL)
                 self._end_fit()
                 return
@@ -372,6 +377,16 @@ class SWACallback(_Callback):
         self._learning_rate = self._initial_rate = None
 
     @property
+    def _is_finished(self) -> bool:
+        """Whether the model comes out of a BN pass: with the average, and a learning rate again."""
+        local = self.model.distribute_strategy.experimental_local_results
+        weights = [local(v)[0].numpy() for v in self._average.weights]
+        return self._learning_rate.read() != 0.0 and all(
+            (ours == theirs).all()
+            for ours, theirs in zip(self._average.get_weights(), weights, strict=True)
+        )
+
+    @property
     def _end(self) -> str:
         return "before its first epoch" if self._epoch is None else f"with epoch {self._epoch + 1}"
 
@@ -386,12 +401,14 @@ class SWACallback(_Callback):
         """Begin with an epoch, or behind the last: from the start, or where a run was killed."""
         self._prepare_average()
         over = self._resume(epoch)
-        missed = self._plan.snapshots(over, epoch)
+        missed = self._plan.snapshots(over, min(epoch, self._stopped or epoch))
         if missed == [epoch - 1] and self._whole_epochs_since(over, epoch):
             # Whoever saved the model did so before the callback, and the kill came in between:
             # these are the weights.
             self._take_snapshot(epoch - 1)
             missed = []
+        if epoch >= self._plan.epochs:
+            return
         if missed and self._backup:
             there = ", ".join(map(str, self._backup.epochs)) or "none"
             raise ValueError(
@@ -401,8 +418,6 @@ class SWACallback(_Callback):
                 "of the end of an epoch that is there, and with its number as `initial_epoch`; or "
                 "leave `backup_dir` out, and the average will have later snapshots only."
             )
-        if epoch >= self._plan.epochs:
-            return
         if not self.n_averaged:
             self._plan.check_first_epoch(epoch)
         if missed:
@@ -425,7 +440,7 @@ class SWACallback(_Callback):
                 f"was after epoch {later[-1]}. This run begins with epoch {epoch + 1}, and "
                 "overwrites it."
             )
-        found = self._backup.newest(epoch, self._configuration) if epoch else None
+        found = self._backup.newest(epoch, self._configuration, self._layout) if epoch else None
         if not found:
             return 0
         over, record = found
@@ -433,21 +448,26 @@ class SWACallback(_Callback):
         if over < epoch or self.flavour.updates(self.model) not in (None, 0, record["updates"]):
             # The model is not at the end of that epoch, but further on: its weights are right.
             buffers.pop("trained", None)
-        self._backup.restore(over, buffers)
+        if record["layout"]:
+            self._backup.restore(over, buffers)
         self._saved = record
         self._plan = replace(
             self._plan,
             initial_rate=record["initial_rate"],
             steps=self._plan.steps or record["steps"],
         )
-        if record["stopped"]:
+        self._stopped = record["stopped"]
+        if self._stopped and epoch < self._plan.epochs:
+            # A BN pass that was over when the kill came is done once more.
             self._plan = self._plan.stopped_after(epoch - 1)
-        self._stopped_early = record["stopped"]
+        if record["rate"] and self._learning_rate.read() == 0.0:  # saved within the BN pass
+            self._set_learning_rate(record["rate"])
         self._not_finite = record["not_finite"]
         self._updates_per_epoch = record["updates_per_epoch"]
         self.inferred_batch_size = record["batch_size"]
         self.n_averaged = record["n_averaged"]
-        self._say(f"Going on with the average of {self.n_averaged} snapshots")
+        if self.n_averaged:
+            self._say(f"Going on with the average of {self.n_averaged} snapshots")
         return over
 
     def _whole_epochs_since(self, over: int, epoch: int) -> bool:
@@ -469,7 +489,7 @@ class SWACallback(_Callback):
         progress = {
             "n_averaged": self.n_averaged,
             "not_finite": self._not_finite,
-            "stopped": self._stopped_early,
+            "stopped": self._stopped,
             "initial_rate": self._plan.initial_rate,
             "steps": self._plan.steps,
             "batch_size": self.inferred_batch_size,
@@ -483,7 +503,9 @@ class SWACallback(_Callback):
             **progress,
             "updates": updates,
             "updates_per_epoch": self._updates_per_epoch,
+            "rate": self._read_rate(),
             "configuration": self._configuration,
+            "layout": self._layout if self.n_averaged else {},
         }
         carried = self._average.swapped
         self._average_in_model.close()
@@ -529,9 +551,12 @@ class SWACallback(_Callback):
             },
             "swa_freq": plan.swa_freq,
             "validate_average": arguments.validate_average,
-            **self._average.layout,
-            **self._bn_average.layout,
         }
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """What the average is made of; before the first snapshot that may change."""
+        return {**self._average.layout, **self._bn_average.layout}
 
     def _prepare_average(self) -> None:
         model = self.model
@@ -611,11 +636,11 @@ class SWACallback(_Callback):
 
     def _mind_an_early_stop(self, epoch: int) -> None:
         if self._plan.is_bn_pass(epoch):
-            if self._stopped_early:
+            if self._stopped:
                 self.model.stop_training = True
         elif self.model.stop_training and self._plan.has_bn and self.n_averaged:
             self._plan = self._plan.stopped_after(epoch)
-            self._stopped_early = True
+            self._stopped = epoch + 1
             self.model.stop_training = False
 
     def _begin_bn_pass(self, epoch: int) -> None:

@@ -125,8 +125,16 @@ class Flavour:
         return list(found.values())
 
     def updates(self, model: Any) -> int | None:
-        """Return how often the model's optimizer has changed it, or None if nobody counts."""
-        iterations = getattr(getattr(model, "optimizer", None), "iterations", None)
+        """Return how often the model's optimizer has changed it.
+
+        None if nobody counts, or if it does not change the model with every step.
+        """
+        optimizer = getattr(model, "optimizer", None)
+        if hasattr(optimizer, "inner_optimizer") or getattr(
+            optimizer, "gradient_accumulation_steps", None
+        ):
+            return None
+        iterations = getattr(optimizer, "iterations", None)
         return None if iterations is None else int(tf.convert_to_tensor(iterations))
 
     def learning_rate(self, model: Any) -> "OptimizerLearningRate":

@@ -60,7 +60,9 @@ class Arguments:
         if not _is_integer(self.verbose, at_least=0) or self.verbose > 1:
             _refuse(self, "verbose", "0 or 1")
         if self.backup_dir is not None and not (
-            isinstance(self.backup_dir, str | os.PathLike) and os.fspath(self.backup_dir)
+            isinstance(self.backup_dir, str | os.PathLike)
+            and isinstance(os.fspath(self.backup_dir), str)
+            and os.fspath(self.backup_dir)
         ):
             _refuse(self, "backup_dir", "None or the path of a folder")
         if not isinstance(self.validate_average, bool):

@@ -122,11 +122,13 @@ def test_what_is_saved_when(kit, tmp_path):
 
     swa = kit.SWA(3, swa_freq=2, backup_dir=tmp_path / "swa")
     (tmp_path / "swa").mkdir()
-    (tmp_path / "swa" / "theirs").write_text("not ours")
+    theirs = ["theirs", "swa-epoch-00099.keras", "swa-epoch-notes"]
+    for name in theirs:
+        (tmp_path / "swa" / name).write_text("not ours")
     run(kit, tmp_path, swa=swa, after=[Look()], epochs=8, restore=False)
     # The start; what was learned of the data in epoch 1; the snapshots of epochs 4 and 6.
     assert seen == [[0], [0, 1], [0, 1], [0, 1], [1, 4], [1, 4], [4, 6], [4, 6]]
-    assert [p.name for p in (tmp_path / "swa").iterdir()] == ["theirs"]
+    assert sorted(p.name for p in (tmp_path / "swa").iterdir()) == sorted(theirs)
 
 
 def test_a_state_holds_the_buffers_and_no_weights(kit, tmp_path):
@@ -150,12 +152,11 @@ def test_the_form_is_the_same_on_both_kerases_and_any_number_of_replicas(tmp_pat
     assert_weights(other.trainable(model), expected)
 
 
-def test_an_early_stop_is_not_forgotten(kit, tmp_path):
-    """Stopped at the end of epoch 4, killed in the BN pass that follows."""
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_epoch_end"])
+def test_an_early_stop_is_not_forgotten(kit, tmp_path, hook):
+    """Stopped at the end of epoch 4, killed in or after the BN pass that follows."""
     stopped, *_ = run(kit, tmp_path / "never", before=[at(kit, 4, stop)])
-    run(
-        kit, tmp_path, before=[at(kit, 4, stop)], after=[at(kit, 5, kill, "on_train_batch_end")]
-    )  # fmt: skip
+    run(kit, tmp_path, before=[at(kit, 4, stop)], after=[at(kit, 5, kill, hook)])
     model, _, swa, history = run(kit, tmp_path)
     assert len(history["loss"]) == 1
     assert swa.n_averaged == 3
@@ -187,17 +188,19 @@ def test_any_damage_is_noticed_before_anything_is_restored(tmp_path, ending, dam
     backup.open()
     average.update()
     for epoch in (3, 4):
-        backup.save(epoch, {"average": average}, {"configuration": {}, "epoch": epoch})
+        backup.save(
+            epoch, {"average": average}, {"configuration": {}, "layout": {}, "epoch": epoch}
+        )
     spoil(tmp_path, 4, ending, damage)
     restored = average_of(variables, strategy)
     with pytest.warns(UserWarning, match="swa-epoch-00004' is damaged"):
-        epoch, record = backup.newest(5, {})
+        epoch, record = backup.newest(5, {}, {})
     backup.restore(epoch, {"average": restored})
     assert (epoch, record["epoch"], restored.n_averaged) == (3, 3, 1)
     spoil(tmp_path, 3, ending, damage)
     restored = average_of(variables, strategy)
     with pytest.warns(UserWarning, match="swa-epoch-00003' is damaged"):
-        assert backup.newest(3, {}) is None
+        assert backup.newest(3, {}, {}) is None
     assert restored.n_averaged == 0
     backup.remove()
 
@@ -387,6 +390,68 @@ def test_what_an_earlier_run_left_is_warned_of_and_overwritten(kit, tmp_path):
     with pytest.warns(UserWarning, match="after epoch 5. This run begins with epoch 1, and overw"):
         model, recorder, *_ = run(kit, tmp_path, restore=False)
     assert_weights(kit.trainable(model), recorder.mean(*range(START, EPOCHS)))
+
+
+def test_a_run_made_shorter_when_it_goes_on_says_that_it_had_no_bn_pass(kit, tmp_path):
+    _, recorder, *_ = run(kit, tmp_path, after=[at(kit, 5, kill)])
+    with pytest.warns(UserWarning, match="statistics were not recomputed"):
+        model, _, swa, _ = run(kit, tmp_path, epochs=5)
+    assert swa.n_averaged == 4
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4, 5))
+
+
+def test_a_finished_run_that_is_run_again_keeps_its_model(kit, tmp_path):
+    model, *_ = run(kit, tmp_path, restore=False)
+    before = state(kit, model)
+    with pytest.warns(UserWarning, match="ended before its first epoch"):
+        run(kit, tmp_path, model=model, restore=False, initial_epoch=EPOCHS)
+    assert_bitwise(state(kit, model), before)
+    assert not (tmp_path / "swa").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
+def test_steps_may_be_a_number_of_numpys(kit, tmp_path):
+    x, y = data()
+    model = build(kit, mirrored(2))
+    fed = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
+    swa = kit.SWA(2, backup_dir=tmp_path / "swa")
+    model.fit(fed, epochs=3, steps_per_epoch=np.int64(3), verbose=0, callbacks=[swa])
+    assert swa.n_averaged == 1
+
+
+def test_a_folder_that_tensorflow_takes_for_a_pattern_is_refused(tmp_path):
+    with pytest.raises(BackupError, match=r"`backup_dir` must not have a '\['"):
+        Backup(tmp_path / "rate=[0.1]", writes=True).open()
+
+
+def test_the_program_may_change_its_directory(kit, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+
+    def leave(model):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+
+    swa = kit.SWA(START, backup_dir="swa")
+    run(kit, tmp_path, swa=swa, before=[at(kit, 3, leave)], restore=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["elsewhere"]
+
+
+def test_trainable_may_change_before_the_first_snapshot(kit, tmp_path):
+    def unfreeze(model):
+        model.layers[-1].trainable = True
+
+    def go(*after, **arguments):
+        model = build(kit, mirrored(2))
+        model.layers[-1].trainable = False
+        model.compile(kit.keras.optimizers.SGD(0.05), "mse", jit_compile=False)
+        return run(
+            kit, tmp_path, model=model, swa=kit.SWA(5, backup_dir=tmp_path / "swa"), after=after,
+            before=[at(kit, 2, unfreeze, "on_epoch_begin")], restore=False, **arguments,
+        )  # fmt: skip
+
+    go(at(kit, 3, kill))
+    *_, swa, _ = go(initial_epoch=3)
+    assert swa.n_averaged == 2
 
 
 @pytest.mark.parametrize("how", ["by hand", "BackupAndRestore"])

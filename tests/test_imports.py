@@ -25,12 +25,13 @@ FLOORS = [
     ["weight_average", "batch_norm", "train_function"],
     ["batch_size", "bn_pass", "flavour"],
     ["callback", "data"],
-    ["keras", "tfkeras", "update_bn"],
+    ["keras", "tfkeras", "bn_update"],
     ["__init__"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 NEIGHBOURS = {("plan", "schedules")}  # a plan is made of schedules
 FRAMEWORKS = {"plan": set(), "schedules": set(), "__init__": set()} | {
+    "weight_average": {"numpy", "tensorflow"},
     "keras": {"keras"},
     "tfkeras": {"tf_keras"},
 }
@@ -85,7 +86,9 @@ def imports(tree):
 
 
 def test_public_names():
-    assert swa_dist.__all__ == ["SWA", "__version__"]
+    assert swa_dist.__all__ == [
+        "SWA", "WeightAverage", "__version__", "infer_batch_size", "peekable", "update_bn"
+    ]  # fmt: skip
     assert swa_dist.keras.__all__ == ["SWA"]
     assert swa_dist.tfkeras.__all__ == ["SWA"]
     for module in (swa_dist, swa_dist.keras, swa_dist.tfkeras):
@@ -110,7 +113,9 @@ def test_the_callback_is_one_of_its_keras_with_the_seeds_signature(kit):
         ("verbose", 0),
     ]
     assert [(p.name, p.default) for p in parameters if p.kind is p.KEYWORD_ONLY] == [
-        ("backup_dir", None)
+        ("backup_dir", None),
+        ("validate_average", False),
+        ("bn_steps", None),
     ]
 
 

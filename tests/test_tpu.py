@@ -73,9 +73,10 @@ def test_the_average_is_saved_and_taken_up_again(strategy, tmp_path):
         v.assign(tf.ones_like(v))
     average.update()
     backup.open()
-    backup.save(1, {"weights": average}, {"configuration": {}})
+    record = {"configuration": {}, "layout": {}}
+    backup.save(1, {"weights": average}, record)
     another = average_of(variables, strategy)
-    assert backup.newest(1, {}) == (1, {"configuration": {}})
+    assert backup.newest(1, {}, {}) == (1, record)
     backup.restore(1, {"weights": another})
     for v in variables:
         v.assign(tf.fill(v.shape, 3.0))

@@ -8,8 +8,8 @@ import pytest
 import tensorflow as tf
 
 import swa_dist.batch_norm
+from swa_dist.bn_update import update_bn
 from swa_dist.data import infer_batch_size, peekable
-from swa_dist.update_bn import update_bn
 from tests.conftest import mirrored
 from tests.kits import rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance
