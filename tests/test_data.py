@@ -223,7 +223,9 @@ def test_a_batch_size_is_a_positive_integer(batch_size):
         infer_batch_size(X, batch_size)
 
 
-@pytest.mark.parametrize("data", [BATCHES, generator(8), peekable(generator(8))], ids=str)
+@pytest.mark.parametrize(
+    "data", [BATCHES, generator(8), peekable(generator(8))], ids=lambda data: type(data).__name__
+)
 def test_a_batch_size_is_for_arrays(data):
     with pytest.raises(ValueError, match=r"`batch_size` is for arrays.* Received: batch_size=8"):
         infer_batch_size(data, 8)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.tolerances import assert_mean, assert_variance, assert_weights
+
 # The two examples of keras-swa's README, with only the imports brought up to date.
 SEED_EXAMPLE = """
 from sklearn.datasets import make_blobs
@@ -112,11 +114,50 @@ def test_the_readmes_plan_is_what_it_prints(kit, pytestconfig, capsys):
     assert shown in readme
 
 
+def test_the_loop_of_ones_own(kit, pytestconfig, two_replicas):
+    (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "GradientTape" in b)
+    rng, layers = np.random.default_rng(0), kit.keras.layers
+    x = rng.normal(size=(240, 3)).astype("float32") * 3 + 1
+    with two_replicas.scope():
+        model = kit.keras.Sequential(
+            [layers.Input((3,)), layers.BatchNormalization(), layers.Dense(1)]
+        )
+        optimizer = kit.keras.optimizers.SGD(0.05)
+        optimizer.build(model.trainable_variables)
+    snapshots = []
+
+    class Data:
+        """Notes the weights after every tenth batch, before the loop asks for the next."""
+
+        def __iter__(self):
+            for number, batch in enumerate(distributed):
+                if number and number % 10 == 0:
+                    snapshots.append(kit.trainable(model))
+                yield batch
+            snapshots.append(kit.trainable(model))
+
+    class Strategy:
+        run = staticmethod(two_replicas.run)
+        experimental_distribute_dataset = staticmethod(lambda data: Data())
+
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(8)
+    distributed = two_replicas.experimental_distribute_dataset(data)
+    names = {"model": model, "optimizer": optimizer, "strategy": Strategy, "data": data}
+    exec(example, names)
+    assert names["average"].n_averaged == len(snapshots) == 3
+    expected = [np.mean(np.float64(ws), 0) for ws in zip(*snapshots, strict=True)]
+    assert_weights(kit.trainable(model), expected)
+    mean, variance = kit.statistics(model.layers[0])
+    assert_mean(mean, np.float64(x).mean(0), x.std(0))
+    assert_variance(variance, np.float64(x).var(0))
+    kit.assert_replicas_agree(model)
+
+
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
 def test_the_lines_that_outlive_a_kill(kit, pytestconfig, tmp_path, monkeypatch):
     """Ended by its data in epoch 50, and run again."""
     monkeypatch.chdir(tmp_path)
-    (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "backup_dir" in b)
+    (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "BackupAndRestore" in b)
     assert len(example.splitlines()) == 5  # the model's line is not ours
     x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
     epochs = itertools.count(1)
