@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 import tensorflow as tf
 
-from swa_dist.batch_norm import BatchNormLayer, BatchNormStatistics
+from swa_dist.bn_layer import BatchNormLayer
+from swa_dist.bn_statistics import BatchNormStatistics
 from swa_dist.train_function import Shadow, TrainFunction, before_training, shadowed
 
 
@@ -36,6 +37,16 @@ def observing(
     plain = [(layer.layer, "renorm", False) for layer in layers if layer.renorm]
     with shadowed([*plain, *shadows]), statistics.observing():
         yield
+
+
+def describe_unobserved(layers: Sequence[Any]) -> str:
+    """Return, for a warning, why layers were not observed, and what to do."""
+    names = ", ".join(repr(layer.name) for layer in layers)
+    return (
+        f"The statistics of some batch normalization layers were not recomputed: {names}. They run "
+        "in a `tf.function` of your own, which was traced before. Take that `tf.function` away: "
+        "Keras compiles the whole step."
+    )
 
 
 class BatchNormPass(TrainFunction):

@@ -5,9 +5,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from swa_dist.batch_norm import BatchNormStatistics
 from swa_dist.batch_size import rows
-from swa_dist.bn_pass import observing
+from swa_dist.bn_pass import describe_unobserved, observing
+from swa_dist.bn_statistics import BatchNormStatistics
 from swa_dist.data import distributed_inputs
 from swa_dist.flavour import Flavour
 from swa_dist.replicas import (
@@ -131,13 +131,7 @@ def update_bn(
     if done != length:  # where nobody knew, it does not know that it is finished
         progress.update(done, finalize=True)
     if statistics.unobserved:
-        names = ", ".join(repr(layer.name) for layer in statistics.unobserved)
-        warnings.warn(
-            "The statistics of some batch normalization layers were not recomputed: "
-            f"{names}. They run in a `tf.function` of your own, within the model's `call`, which "
-            "was traced before. Take that `tf.function` away: Keras compiles the whole step.",
-            stacklevel=2,
-        )
+        warnings.warn(describe_unobserved(statistics.unobserved), stacklevel=2)
     return total
 
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-from swa_dist.backup import Backup, BackupError
-from swa_dist.batch_norm import BatchNormAverage
+from swa_dist.backup import BackupError
 from swa_dist.batch_size import CountingTrainFunction
-from swa_dist.bn_pass import BatchNormPass
+from swa_dist.bn_pass import BatchNormPass, describe_unobserved
 from swa_dist.flavour import Flavour
+from swa_dist.model_average import ModelAverage
 from swa_dist.plan import Arguments, Plan, listed
-from swa_dist.replicas import check_strategy, is_chief, trainable_variables
+from swa_dist.replicas import check_strategy, trainable_variables
+from swa_dist.saved_run import Progress, SavedRun
 from swa_dist.train_function import before_training
-from swa_dist.weight_average import WeightAverage
 
 if TYPE_CHECKING:  # at run time a binding puts its Keras's Callback here
 
@@ -95,8 +95,7 @@ class SWACallback(_Callback):
     """
 
     flavour: ClassVar[Flavour]
-    _average: Any  # a WeightAverage, and a BatchNormAverage, while a `fit` runs
-    _bn_average: Any
+    _average: Any  # a ModelAverage, while a `fit` runs
     _counts: Any  # a CountingTrainFunction, then
     _learning_rate: Any  # an OptimizerLearningRate, then
     _initial_rate: float | None
@@ -134,13 +133,22 @@ class SWACallback(_Callback):
         )
         # Here, as Keras 3 fails before it calls a callback for the first time.
         self.flavour.warn_of_several_workers()
-        self.n_averaged = 0
-        self.inferred_batch_size: int | None = None
+        self._progress = Progress()
         self._epoch: int | None = None
         self._bn_pass: BatchNormPass | None = None
-        self._backup: Backup | None = None
+        self._saved_run: SavedRun | None = None
         self._average_in_model = contextlib.ExitStack()
         self._in_fit = False
+
+    @property
+    def n_averaged(self) -> int:
+        """Number of snapshots in the average."""
+        return self._progress.n_averaged
+
+    @property
+    def inferred_batch_size(self) -> int | None:
+        """Rows in the largest global batch so far; None during the first epoch."""
+        return self._progress.batch_size
 
     def plan(
         self,
@@ -177,6 +185,7 @@ class SWACallback(_Callback):
         For use while `fit` runs: in other callbacks, say. BN layers get the average of the
         statistics that they had at the snapshots; in the BN pass, the model has the average anyway.
         Within itself, and where `validate_average` has put the average there, it does nothing more.
+        What is written into the model meanwhile becomes the average.
 
         Raises:
             RuntimeError: `fit` is not running, or there is no snapshot yet.
@@ -197,9 +206,7 @@ class SWACallback(_Callback):
                     else "Received: a call outside of it. After `fit` the model holds the average."
                 )
             )
-        with contextlib.ExitStack() as stack:
-            if not self._bn_pass:
-                self._put_average_into_model(stack)
+        with contextlib.nullcontext() if self._bn_pass else self._average.averaged():
             yield
 
     def set_model(self, model: Any) -> None:
@@ -228,20 +235,17 @@ class SWACallback(_Callback):
             initial_rate=self._initial_rate or self._read_rate(),
             steps=None if self.params.get("steps") is None else int(self.params["steps"]),
         )
-        self._backup = None
+        self._saved_run = None
         if self.arguments.backup_dir is not None:
-            self._backup = Backup(self.arguments.backup_dir, is_chief(model.distribute_strategy))
-            self._backup.open()
-        self._saved: dict[str, Any] = {}
+            self._saved_run = SavedRun(
+                self.arguments.backup_dir, model, self.flavour, self.arguments.validate_average
+            )
+            self._saved_run.open()
+        self._progress = Progress()
         self._counts = self._closed = None
-        self._updates_per_epoch: int | None = None
         self._epoch = None
         self._bn_pass = None
         self._in_fit = True
-        self._stopped = 0
-        self._not_finite = 0
-        self.n_averaged = 0
-        self.inferred_batch_size = None
         if self._plan.has_bn:
             self._say(
                 "Model uses batch normalization. SWA will require last epoch to be a forward pass "
@@ -256,13 +260,14 @@ class SWACallback(_Callback):
             try:
                 self._begin(epoch)
             except BaseException:
-                if self._backup:
-                    self._backup.close()
+                if self._saved_run:
+                    self._saved_run.close()
                 raise
         elif not self._bn_pass:
             self._follow_changes()
         self._epoch = epoch
-        self._updates = self.flavour.updates(self.model) if self._backup else None
+        if self._saved_run:
+            self._saved_run.begin_epoch()
         if self._plan.is_start(epoch):
             self._say_of_epoch(epoch, "starting stochastic weight averaging")
         if not self._plan.is_bn_pass(epoch):
@@ -306,85 +311,50 @@ class SWACallback(_Callback):
             logs.setdefault("learning_rate", 0.0 if self._bn_pass else rate)
         self._mind_an_early_stop(epoch)
         self._save_if_possible()
+        ends = self.model.stop_training or epoch + 1 == self._plan.epochs
+        if ends and self._average.weights.swapped:
+            # No epoch comes that would exchange them back. What others put into the model at the
+            # end of training, earlier weights or an optimizer's average, is not ours.
+            self._average_in_model.close()
+            self._average.copy_to_model()
 
     def on_train_end(self, logs: Any = None) -> None:
         self._average_in_model.close()
         if self._bn_pass and self.arguments.bn_steps:
-            self.model.stop_training = bool(self._stopped)
-        if self._epoch is None and self._backup:
-            # All epochs were over when this run began, and the one before was killed later still.
+            self.model.stop_training = bool(self._progress.stopped)
+        was_over = self._epoch is None and self._saved_run is not None
+        if was_over:  # the kill came after the last epoch
             self._begin(self._plan.epochs)
-            if self.n_averaged and (not self._plan.has_bn or self._is_finished):
-                self._average.copy_to_model()
-                self._say(_FINAL)
-                self._end_fit()
-                return
-        # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores earlier
-        # weights, has just put others there.
-        if self.n_averaged:
-            self._deliver_average()
         if not self.n_averaged:
-            self._warn(
-                "The model keeps its trained weights: "
-                + (
-                    "no snapshot was finite."
-                    if self._not_finite
-                    else f"training ended {self._end}, and SWA would have taken its first "
-                    f"snapshot at the end of epoch {self._plan.first_snapshot}."
-                )
-            )
-        elif not self._plan.has_bn:
-            self._say_of_epoch(self._plan.epochs, _FINAL)
-        elif self._bn_pass and self._bn_pass.delivered:
-            self._bn_pass.deliver_again()
-            if self._bn_pass.unobserved:
-                names = ", ".join(repr(layer.name) for layer in self._bn_pass.unobserved)
-                self._warn(
-                    "The statistics of some batch normalization layers were not recomputed: "
-                    f"{names}. They run in a `tf.function` of your own, within the training step, "
-                    "which was traced before the BN pass. They hold the average of the snapshots' "
-                    "moving statistics. For exact ones, take that `tf.function` away: Keras "
-                    "compiles the whole step."
-                )
+            self._warn_of_no_snapshot()
+        elif was_over and (not self._plan.has_bn or self._is_finished):
+            self._average.weights.copy_to_model()
+            self._say(_FINAL)
         else:
-            why, remedy = (
-                (
-                    "there was no data in the BN pass, or the model was trained in the midst of it",
-                    "let `fit` have data for one more epoch after the last snapshot",
-                )
-                if self._bn_pass
-                else (
-                    f"training ended {self._end}, and the BN pass would have been the epoch after. "
-                    "Either a callback that stands after SWA in the list set `stop_training`, or "
-                    "the data ran out",
-                    "put such a callback before SWA, or let `fit` have data for every epoch",
-                )
-            )
-            self._warn(
-                f"The batch normalization statistics were not recomputed: {why}. The model holds "
-                f"the average of {self.n_averaged} snapshots, and of their moving statistics, "
-                f"which are not those of the averaged weights. For exact ones, {remedy}."
-            )
+            # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores
+            # earlier weights, has just put others there.
+            self._average.copy_to_model()
+            if not self._plan.has_bn:
+                self._say_of_epoch(self._plan.epochs, _FINAL)
+            elif self._bn_pass and self._bn_pass.delivered:
+                self._bn_pass.deliver_again()
+                self._warn_of_unobserved(self._bn_pass.unobserved)
+            else:
+                self._warn_of_no_bn_pass()
         self._end_fit()
 
     def _end_fit(self) -> None:
         self._in_fit = False
-        if self._backup:
-            self._backup.remove()
-        self._backup = None
+        if self._saved_run:
+            self._saved_run.remove()
         # The buffers are as large as the weights, and a callback without them can be pickled.
-        self._average = self._bn_average = self._bn_pass = self._counts = None
+        self._average = self._bn_pass = self._counts = self._saved_run = None
         self._learning_rate = self._initial_rate = None
 
     @property
     def _is_finished(self) -> bool:
         """Whether the model comes out of a BN pass: with the average, and a learning rate again."""
-        local = self.model.distribute_strategy.experimental_local_results
-        weights = [local(v)[0].numpy() for v in self._average.weights]
-        return self._learning_rate.read() != 0.0 and all(
-            (ours == theirs).all()
-            for ours, theirs in zip(self._average.get_weights(), weights, strict=True)
-        )
+        return self._learning_rate.read() != 0.0 and self._average.is_in_model
 
     @property
     def _end(self) -> str:
@@ -400,23 +370,27 @@ class SWACallback(_Callback):
     def _begin(self, epoch: int) -> None:
         """Begin with an epoch, or behind the last: from the start, or where a run was killed."""
         self._prepare_average()
-        over = self._resume(epoch)
-        missed = self._plan.snapshots(over, min(epoch, self._stopped or epoch))
-        if missed == [epoch - 1] and self._whole_epochs_since(over, epoch):
+        over, saved = 0, self._saved_run
+        resumed = saved.resume(epoch, self._plan, self._average) if saved else None
+        if resumed:
+            over, self._plan, self._progress = resumed
+        if self.n_averaged:
+            self._say(f"Going on with the average of {self.n_averaged} snapshots")
+        missed = self._plan.snapshots(over, min(epoch, self._progress.stopped or epoch))
+        if missed == [epoch - 1] and saved and saved.is_at_end_of_epoch(epoch, over):
             # Whoever saved the model did so before the callback, and the kill came in between:
             # these are the weights.
             self._take_snapshot(epoch - 1)
             missed = []
         if epoch >= self._plan.epochs:
             return
-        if missed and self._backup:
-            there = ", ".join(map(str, self._backup.epochs)) or "none"
+        if missed and saved:
             raise ValueError(
                 f"`backup_dir` must have the average as it was before epoch {epoch + 1}. Received: "
-                f"{self._backup.folder!r}, which has it as it was after these epochs: {there}. But "
-                f"snapshots were due at the end of epoch {listed(missed)}. Go on with the weights "
-                "of the end of an epoch that is there, and with its number as `initial_epoch`; or "
-                "leave `backup_dir` out, and the average will have later snapshots only."
+                f"{saved}. But snapshots were due at the end of epoch {listed(missed)}. Go on with "
+                "the weights of the end of an epoch that is there, and with its number as "
+                "`initial_epoch`; or leave `backup_dir` out, and the average will have later "
+                "snapshots only."
             )
         if not self.n_averaged:
             self._plan.check_first_epoch(epoch)
@@ -429,97 +403,22 @@ class SWACallback(_Callback):
         self._save(epoch)  # what cannot be saved now could not be saved later
         self._count()
 
-    def _resume(self, epoch: int) -> int:
-        """Take up what was saved before an epoch; return how many epochs were over then."""
-        if not self._backup:
-            return 0
-        later = [e for e in self._backup.epochs if e > epoch + 1]
-        if later and not self._plan.snapshots(0, epoch):
-            self._warn(
-                f"`backup_dir`, {self._backup.folder!r}, has the average of an earlier run, as it "
-                f"was after epoch {later[-1]}. This run begins with epoch {epoch + 1}, and "
-                "overwrites it."
-            )
-        found = self._backup.newest(epoch, self._configuration, self._layout) if epoch else None
-        if not found:
-            return 0
-        over, record = found
-        buffers = self._buffers
-        if over < epoch or self.flavour.updates(self.model) not in (None, 0, record["updates"]):
-            # The model is not at the end of that epoch, but further on: its weights are right.
-            buffers.pop("trained", None)
-        if record["layout"]:
-            self._backup.restore(over, buffers)
-        self._saved = record
-        self._plan = replace(
-            self._plan,
-            initial_rate=record["initial_rate"],
-            steps=self._plan.steps or record["steps"],
-        )
-        self._stopped = record["stopped"]
-        if self._stopped and epoch < self._plan.epochs:
-            # A BN pass that was over when the kill came is done once more.
-            self._plan = self._plan.stopped_after(epoch - 1)
-        if record["rate"] and self._learning_rate.read() == 0.0:  # saved within the BN pass
-            self._set_learning_rate(record["rate"])
-        self._not_finite = record["not_finite"]
-        self._updates_per_epoch = record["updates_per_epoch"]
-        self.inferred_batch_size = record["batch_size"]
-        self.n_averaged = record["n_averaged"]
-        if self.n_averaged:
-            self._say(f"Going on with the average of {self.n_averaged} snapshots")
-        return over
-
-    def _whole_epochs_since(self, over: int, epoch: int) -> bool:
-        """Whether the model is at the end of an epoch, and not amid the next, for all we know."""
-        if not self._saved:
-            return False
-        now, then = self.flavour.updates(self.model), self._saved["updates"]
-        # Without, or with a new, optimizer there is no telling.
-        return (
-            not now
-            or then is None
-            or self._updates_per_epoch is None
-            or now - then == self._updates_per_epoch * (epoch - over)
-        )
-
     def _save(self, epoch: int) -> None:
-        if not self._backup:
+        saved = self._saved_run
+        if not saved or saved.is_up_to_date(self._plan, self._progress):
             return
-        progress = {
-            "n_averaged": self.n_averaged,
-            "not_finite": self._not_finite,
-            "stopped": self._stopped,
-            "initial_rate": self._plan.initial_rate,
-            "steps": self._plan.steps,
-            "batch_size": self.inferred_batch_size,
-        }
-        updates = self.flavour.updates(self.model)
-        if self.arguments.validate_average:
-            progress["updates"] = updates  # the weights are saved, too, and they change
-        if self._saved and progress.items() <= self._saved.items():
-            return
-        record = {
-            **progress,
-            "updates": updates,
-            "updates_per_epoch": self._updates_per_epoch,
-            "rate": self._read_rate(),
-            "configuration": self._configuration,
-            "layout": self._layout if self.n_averaged else {},
-        }
-        carried = self._average.swapped
+        carried = self._average.weights.swapped
         self._average_in_model.close()
-        self._backup.save(epoch, self._buffers, record)
-        self._saved = record
-        if carried:
-            self._carry_average()
+        try:
+            saved.save(epoch, self._plan, self._progress, self._average)
+        finally:
+            if carried:
+                self._carry_average()
 
     def _save_if_possible(self) -> None:
-        if not self._backup or self._epoch is None:
+        if not self._saved_run or self._epoch is None:
             return
-        now = self.flavour.updates(self.model)
-        if self._updates is not None and now is not None and not self._bn_pass:
-            self._updates_per_epoch = now - self._updates
+        self._saved_run.end_epoch()
         try:
             self._save(self._epoch + 1)
         except BackupError as error:
@@ -529,42 +428,8 @@ class SWACallback(_Callback):
                 f"goes on: {error}"
             )
 
-    @property
-    def _buffers(self) -> dict[str, Any]:
-        buffers = {"weights": self._average, "batch_norm": self._bn_average}
-        if self.arguments.validate_average:
-            layers = self.flavour.live_batch_norm(self.model)
-            statistics = [v for layer in layers for v in layer.variables]
-            buffers["trained"] = [*trainable_variables(self.model), *statistics]
-        return buffers
-
-    @property
-    def _configuration(self) -> dict[str, Any]:
-        """What must be the same in a run that goes on."""
-        arguments, plan = self.arguments, self._plan
-        return {
-            "start_epoch": plan.start_epoch,
-            "lr_schedule": arguments.lr_schedule,
-            **{
-                name: rate if isinstance(rate, str) else float(rate)
-                for name, rate in (("swa_lr", arguments.swa_lr), ("swa_lr2", arguments.swa_lr2))
-            },
-            "swa_freq": plan.swa_freq,
-            "validate_average": arguments.validate_average,
-        }
-
-    @property
-    def _layout(self) -> dict[str, Any]:
-        """What the average is made of; before the first snapshot that may change."""
-        return {**self._average.layout, **self._bn_average.layout}
-
     def _prepare_average(self) -> None:
-        model = self.model
-        self._average = WeightAverage(model)
-        self._weight_names = self.flavour.weight_names(model)
-        self._bn_average = BatchNormAverage(
-            self.flavour.live_batch_norm(model), model.distribute_strategy
-        )
+        self._average = ModelAverage(self.model, self.flavour.live_batch_norm(self.model))
 
     def _count(self) -> None:
         counts = self.model.train_function
@@ -579,7 +444,9 @@ class SWACallback(_Callback):
         """Follow what other callbacks have changed since the last epoch, as far as can be."""
         model = self.model
         self._learning_rate = self.flavour.learning_rate(model)  # compiled anew?
-        known = {id(v) for v in self._average.weights}  # by `id`: variables compare by value
+        known = {
+            id(v) for v in self._average.weights.weights
+        }  # by `id`: variables compare by value
         new = [v for v in trainable_variables(model) if id(v) not in known]
         if not new:
             return
@@ -607,45 +474,42 @@ class SWACallback(_Callback):
         """Put the average into the model until its next epoch, or whatever else trains it."""
         stack = self._average_in_model
         stack.enter_context(before_training(self.model, stack.close))
-        self._put_average_into_model(stack)
-
-    def _put_average_into_model(self, stack: contextlib.ExitStack) -> None:
-        if not self._average.swapped:
-            stack.enter_context(self._average.averaged_weights())
-            stack.enter_context(self._bn_average.averaged_statistics())
+        if not self._average.weights.swapped:
+            # No context manager: if an exception ends `fit`, nobody closes it, and the garbage
+            # collector would, at some moment.
+            stack.callback(self._average.swap_out)
+            self._average.swap_in()
 
     def _take_snapshot(self, epoch: int) -> None:
-        self._average.update()
-        n_averaged = self._average.n_averaged
-        if n_averaged > self.n_averaged:
-            self.n_averaged = n_averaged
-            self._bn_average.update()
+        if self._average.update():
+            self._progress = replace(self._progress, n_averaged=self.n_averaged + 1)
             return
-        self._not_finite += 1
+        self._progress = replace(self._progress, not_finite=self._progress.not_finite + 1)
         cause = (
             "a batch had fewer rows than there are replicas, and training on no rows makes NaN; "
             "choose batches that reach every replica"
             if self.flavour.is_keras_3 and self._counts and self._counts.empty_shares
             else "training has diverged; lower the learning rate, or clip the gradients"
         )
+        first = self._average.weights.first_non_finite()
         self._warn(
             f"The weights at the end of epoch {epoch + 1} are not finite, and do not enter the "
-            f"average, which has {n_averaged} snapshots. The first such weight is "
-            f"{self._weight_names[self._average.first_non_finite()]!r}. Likely cause: {cause}."
+            f"average, which has {self.n_averaged} snapshots. The first such weight is "
+            f"{self.flavour.weight_names(self.model)[first]!r}. Likely cause: {cause}."
         )
 
     def _mind_an_early_stop(self, epoch: int) -> None:
         if self._plan.is_bn_pass(epoch):
-            if self._stopped:
+            if self._progress.stopped:
                 self.model.stop_training = True
         elif self.model.stop_training and self._plan.has_bn and self.n_averaged:
             self._plan = self._plan.stopped_after(epoch)
-            self._stopped = epoch + 1
+            self._progress = replace(self._progress, stopped=epoch + 1)
             self.model.stop_training = False
 
     def _begin_bn_pass(self, epoch: int) -> None:
         model = self.model
-        self._deliver_average()
+        self._average.copy_to_model()
         self._say_of_epoch(epoch, _FINAL)
         self._say_of_epoch(epoch, "reinitializing batch normalization layers")
         self._bn_pass = BatchNormPass(
@@ -653,15 +517,11 @@ class SWACallback(_Callback):
             layers=self.flavour.live_batch_norm(model),
             optimizers=self.flavour.optimizers(model),
             learning_rate=self._learning_rate,
-            set_weights=self._average.copy_to_model,
+            set_weights=self._average.weights.copy_to_model,
             untraced=self.flavour.untraced(model),
         )
         self._bn_pass.begin()
         self._say_of_epoch(epoch, "running forward pass to adjust batch normalization")
-
-    def _deliver_average(self) -> None:
-        self._average.copy_to_model()
-        self._bn_average.copy_to_model()
 
     def _read_rate(self) -> float | None:
         return self._learning_rate.read() if self._learning_rate.settable else None
@@ -672,15 +532,51 @@ class SWACallback(_Callback):
 
     def _learn_from_counts(self) -> None:
         knew_nothing = self.inferred_batch_size is None
-        self.inferred_batch_size = self._counts.largest_batch or None
+        batch_size = self._counts.largest_batch or None
+        self._progress = replace(self._progress, batch_size=batch_size)
         if self._plan.steps is None:
             self._plan = replace(self._plan, steps=self._counts.batches or None)
         given = self.arguments.batch_size
-        if knew_nothing and given is not None and self.inferred_batch_size not in (None, given):
+        if knew_nothing and given is not None and batch_size not in (None, given):
             self._warn(
                 f"`batch_size`={given} was given to SWA, but training feeds global batches of "
-                f"{self.inferred_batch_size}. SWA goes by what it is fed; leave `batch_size` out."
+                f"{batch_size}. SWA goes by what it is fed; leave `batch_size` out."
             )
+
+    def _warn_of_no_snapshot(self) -> None:
+        self._warn(
+            "The model keeps its trained weights: "
+            + (
+                "no snapshot was finite."
+                if self._progress.not_finite
+                else f"training ended {self._end}, and SWA would have taken its first snapshot at "
+                f"the end of epoch {self._plan.first_snapshot}."
+            )
+        )
+
+    def _warn_of_unobserved(self, layers: list[Any]) -> None:
+        if layers:
+            self._warn(
+                f"{describe_unobserved(layers)} Until then they hold the average of the snapshots' "
+                "moving statistics."
+            )
+
+    def _warn_of_no_bn_pass(self) -> None:
+        if self._bn_pass:
+            why = "there was no data in the BN pass, or the model was trained in the midst of it"
+            remedy = "let `fit` have data for one more epoch after the last snapshot"
+        else:
+            why = (
+                f"training ended {self._end}, and the BN pass would have been the epoch after. "
+                "Either a callback that stands after SWA in the list set `stop_training`, or the "
+                "data ran out"
+            )
+            remedy = "put such a callback before SWA, or let `fit` have data for every epoch"
+        self._warn(
+            f"The batch normalization statistics were not recomputed: {why}. The model holds the "
+            f"average of {self.n_averaged} snapshots, and of their moving statistics, which are "
+            f"not those of the averaged weights. For exact ones, {remedy}."
+        )
 
     def _warn(self, message: str) -> None:
         warnings.warn(message, stacklevel=3)

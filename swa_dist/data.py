@@ -127,15 +127,14 @@ def distributed_inputs(
     Distribution:
         In cross-replica context, on every worker.
     """
-    _check_count("batch_size", batch_size)
     _check_count("steps", steps)
     batches: Iterable[Any]
     if _are_arrays(data):
-        _rows_of_arrays(data)
+        size = infer_batch_size(data, batch_size) or 1  # without rows there are no batches
         inputs = inputs_of(data)
         # `tf.data` takes a list for one tensor: the structure goes round it.
         dataset = tf.data.Dataset.from_tensor_slices(tuple(tf.nest.flatten(inputs)))
-        shares, length = _distribute(dataset.batch(batch_size or _DEFAULT), strategy, steps)
+        shares, length = _distribute(dataset.batch(size), strategy, steps)
         return (tf.nest.pack_sequence_as(inputs, list(share)) for share in shares), length
     _check_has_batches(data, batch_size)
     if isinstance(data, tf.data.Dataset):
@@ -289,6 +288,11 @@ def _shares(inputs: Any, strategy: tf.distribute.Strategy) -> Any:
     leaves = tf.nest.flatten(inputs)
     if any(isinstance(leaf, tf.distribute.DistributedValues) for leaf in leaves):
         return inputs
+    if not any(len(getattr(leaf, "shape", ())) for leaf in leaves):
+        raise ValueError(
+            "A batch in `data` must be an array, or a list or dict of arrays, with rows. Received: "
+            f"{inputs!r}."
+        )
     inputs = tf.nest.map_structure(_tensor, inputs)
     if strategy.num_replicas_in_sync == 1:
         return inputs

@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from swa_dist.batch_norm import BatchNormLayer
+from swa_dist.bn_layer import BatchNormLayer
 from swa_dist.replicas import tensorflow_variable
 
 _IMPORTS = {"keras": "swa_dist.keras", "tf_keras": "swa_dist.tfkeras"}

@@ -96,6 +96,33 @@ def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
     return tf.distribute.get_replica_context().merge_call(_reduce, args=values)
 
 
+def mean_over_replicas(
+    values: list[tuple[tf.Tensor, tf.Tensor]], shares: list[tf.Tensor]
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Return each value's mean over all replicas, and this replica's deviation from it.
+
+    Means are taken relative to one rounded mean, c: the differences need digits of their own.
+
+    Args:
+        values: Each an unevaluated sum high + low.
+        shares: This replica's weight in the mean of each value; over all replicas they add up to 1.
+
+    Distribution:
+        As `sum_over_replicas`.
+    """
+    centers = sum_over_replicas(
+        [share * high for share, (high, _) in zip(shares, values, strict=True)]
+    )
+    offsets = [(high - c) + low for (high, low), c in zip(values, centers, strict=True)]
+    means = sum_over_replicas(
+        [share * offset for share, offset in zip(shares, offsets, strict=True)]
+    )
+    return (
+        [c + mean for c, mean in zip(centers, means, strict=True)],
+        [offset - mean for offset, mean in zip(offsets, means, strict=True)],
+    )
+
+
 def _reduce(strategy: tf.distribute.Strategy, *values: Any) -> list[Any]:
     pairs = [(value, value) for value in values]
     return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)

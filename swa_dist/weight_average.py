@@ -34,7 +34,9 @@ class WeightAverage(tf.Module):
     within 1e-6 (relative to the largest weight of its variable) of the float64 mean of some 500
     updates, and within 3e-6 of some 5,000.
 
-    A `tf.train.Checkpoint` of it holds the buffers, and not the weights.
+    A `tf.train.Checkpoint` of it holds the buffers, and not the weights. To save or restore it
+    while the average is in the model is an error; a checkpoint of the model alone then has the
+    averaged weights.
 
     Args:
         model: A built Keras model, of either Keras, compiled or not. Its trainable weights are
@@ -67,7 +69,7 @@ class WeightAverage(tf.Module):
         variables = trainable_variables(model)
         check_strategy(strategy, variables)
         self._weights = Untracked(variables)
-        self._swapped = False
+        self._own_weights = _OwnWeights(strategy)
         with strategy.scope():
             self.buffers = [
                 local_variable(tf.zeros(v.shape, _buffer_dtype(v.dtype))) for v in variables
@@ -94,11 +96,20 @@ class WeightAverage(tf.Module):
     @property
     def swapped(self) -> bool:
         """Whether the average is in the model, and the weights in its place."""
-        return self._swapped
+        return not self._own_weights
 
     @property
     def n_averaged(self) -> int:
-        """Number of updates in the average."""
+        """Number of updates in the average.
+
+        Raises:
+            RuntimeError: It is asked, or a method asks, within a `tf.function`.
+        """
+        if not tf.executing_eagerly():
+            raise RuntimeError(
+                "Within a `tf.function`, a `WeightAverage` has `update` and `copy_to_model` only. "
+                "Received: a call of something that needs `n_averaged`, a Python number."
+            )
         return read(self.count, self._strategy)
 
     def update(self) -> None:
@@ -109,7 +120,7 @@ class WeightAverage(tf.Module):
         Raises:
             RuntimeError: The average is in the model.
         """
-        self._refuse_while_swapped("update")
+        self._own_weights.require("`update` must be called")
         self._update()
 
     def copy_to_model(self) -> None:
@@ -118,7 +129,7 @@ class WeightAverage(tf.Module):
         Raises:
             RuntimeError: The average is in the model already, for a while.
         """
-        self._refuse_while_swapped("copy_to_model")
+        self._own_weights.require("`copy_to_model` must be called")
         self._copy()
 
     def swap(self) -> None:
@@ -132,26 +143,31 @@ class WeightAverage(tf.Module):
             RuntimeError: There is no average yet.
         """
         self._refuse_without_average()
-        (self._swap_out if self._swapped else self._swap_in)()
-        self._swapped = not self._swapped
+        if self.swapped:
+            self._swap_out()
+            self._own_weights.certain = True
+        else:
+            self._own_weights.certain = False
+            self._swap_in()
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Have the average in the model while open; afterwards all is bitwise as it was.
 
-        Within itself it does nothing more.
+        Within itself it does nothing more. What is written into the model meanwhile becomes the
+        average: there is no third copy of either.
 
         Raises:
             RuntimeError: There is no average yet.
         """
-        if self._swapped:
+        if self.swapped:
             yield
             return
-        self.swap()
         try:
+            self.swap()
             yield
         finally:
-            if self._swapped:
+            if self.swapped:
                 self.swap()
 
     def get_weights(self) -> list[np.ndarray]:
@@ -162,7 +178,7 @@ class WeightAverage(tf.Module):
         """
         self._refuse_without_average()
         local = self._strategy.experimental_local_results
-        if self._swapped:
+        if self.swapped:
             return [np.array(local(v)[0].numpy(), copy=True) for v in self._weights]
         divisor = read(self.divisor, self._strategy)
         return [
@@ -187,14 +203,8 @@ class WeightAverage(tf.Module):
         if not self.n_averaged:
             raise RuntimeError("There is no average yet: no `update` has taken finite weights.")
 
-    def _refuse_while_swapped(self, what: str) -> None:
-        if self._swapped:
-            raise RuntimeError(
-                f"`{what}` must be called while the model has its own weights. Received: a call "
-                "while the average is in the model. Swap back, or leave `averaged_weights`, first."
-            )
-
     def _update_replica(self) -> None:
+        self._own_weights.assertion("`update` must be called")
         # A mean with one value that is not finite is lost, so all are looked at before any is
         # added. The replicas hold the same values: each decides alone, and alike.
         finite: list[tf.Tensor] = []
@@ -202,7 +212,8 @@ class WeightAverage(tf.Module):
             # One converted copy in memory at a time.
             with tf.control_dependencies(finite[-1:] if _is_narrow(variable) else []):
                 finite.append(tf.math.is_finite(_sum(variable)))
-        tf.cond(tf.reduce_all(finite), self._add_replica, lambda: None)
+        # On a TPU nothing comes of assertions.
+        tf.cond(tf.reduce_all([self._own_weights.flag, *finite]), self._add_replica, lambda: None)
 
     def _add_replica(self) -> None:
         count = self.count.assign_add(1)
@@ -237,7 +248,9 @@ class WeightAverage(tf.Module):
         self._each(move)
 
     def _copy_replica(self) -> None:
-        self._each(lambda buffer, v, _: v.assign(tf.cast(self._average(buffer), v.dtype)))
+        own = self._own_weights.assertion("`copy_to_model` must be called")
+        with tf.control_dependencies([own]):
+            self._each(lambda buffer, v, _: v.assign(tf.cast(self._average(buffer), v.dtype)))
 
     def _swap_in_replica(self) -> None:
         def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
@@ -252,6 +265,7 @@ class WeightAverage(tf.Module):
 
         self._each(swap)
         self.divisor.assign(1)
+        self._own_weights.flag.assign(False)
 
     def _swap_out_replica(self) -> None:
         def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
@@ -262,6 +276,7 @@ class WeightAverage(tf.Module):
                 return tf.group(variable.assign(weight), buffer.assign(average))
 
         self._each(swap)
+        self._own_weights.flag.assign(True)
 
     def _average(self, buffer: tf.Variable) -> tf.Tensor:
         return buffer / tf.cast(self.divisor, buffer.dtype)
@@ -275,6 +290,57 @@ class WeightAverage(tf.Module):
         for each in zip(self.buffers, self._weights, self._narrow, strict=True):
             with tf.control_dependencies(done):
                 done = [change(*each)]
+
+
+class _OwnWeights(tf.train.experimental.PythonState):
+    """Whether the model has its own weights, without which an average is not to be checkpointed.
+
+    While it has not, the buffers are the weights: they would be taken for an average later.
+
+    Args:
+        strategy: The `tf.distribute.Strategy` of the model.
+
+    Attributes:
+        flag: It, on each replica, written in the graph that swaps: right after an interruption,
+            and for graphs that were traced before.
+        certain: Whether it is so for certain, and the device, still at work, need not be asked.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        super().__init__()
+        self._strategy = strategy
+        self.certain = True
+        with strategy.scope():
+            self.flag = local_variable(tf.constant(True))
+
+    def __bool__(self) -> bool:
+        with tf.init_scope():  # `update` asks while a graph is traced, too
+            return self.certain or bool(self._strategy.experimental_local_results(self.flag)[0])
+
+    def require(self, what: str) -> None:
+        """Refuse what needs the model's own weights."""
+        if not self:
+            raise RuntimeError(_refusal(what))
+
+    def assertion(self, what: str) -> tf.Operation:
+        """Refuse it in a graph, too, which may have been traced before a swap."""
+        return tf.debugging.Assert(self.flag, [_refusal(what)])
+
+    def serialize(self) -> str:
+        """Refuse to be saved, if need be."""
+        self.require("A `WeightAverage` must be saved")
+        return ""
+
+    def deserialize(self, string_value: str) -> None:
+        """Refuse to be restored, if need be. TensorFlow calls this before it assigns anything."""
+        self.require("A `WeightAverage` must be restored")
+
+
+def _refusal(what: str) -> str:
+    return (
+        f"{what} while the model has its own weights. Received: a call while the average is in the "
+        "model. Swap back, or leave `averaged_weights`, first."
+    )
 
 
 def _is_narrow(variable: tf.Variable) -> bool:

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.batch_norm import BatchNormAverage, BatchNormLayer, BatchNormStatistics
+from swa_dist.bn_average import BatchNormAverage
+from swa_dist.bn_layer import BatchNormLayer
+from swa_dist.bn_statistics import BatchNormStatistics
 from tests.conftest import mirrored
 from tests.kits import rows
 from tests.tolerances import assert_mean, assert_variance

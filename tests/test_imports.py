@@ -21,11 +21,12 @@ PACKAGE = Path(swa_dist.__file__).parent
 # A module imports from lower floors only.
 FLOORS = [
     ["plan", "schedules"],
-    ["_tensorflow", "backup", "moments", "replicas"],
-    ["weight_average", "batch_norm", "train_function"],
-    ["batch_size", "bn_pass", "flavour"],
-    ["callback", "data"],
-    ["keras", "tfkeras", "bn_update"],
+    ["_tensorflow", "backup", "bn_layer", "moments", "replicas", "train_function"],
+    ["batch_size", "bn_average", "bn_observers", "flavour", "weight_average"],
+    ["bn_statistics", "data", "model_average"],
+    ["bn_pass", "saved_run"],
+    ["bn_update", "callback"],
+    ["keras", "tfkeras"],
     ["__init__"],
 ]
 FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

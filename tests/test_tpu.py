@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from swa_dist.backup import Backup
-from swa_dist.batch_norm import BatchNormAverage
+from swa_dist.bn_average import BatchNormAverage
 from swa_dist.replicas import is_chief
 from tests.kits import rows
 from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
