@@ -21,8 +21,6 @@ import numpy as np
 import tensorflow as tf
 
 SEED, EPOCHS = 5, 7
-IN_ANY_EPOCH = ("begin", "batch", "end 0", "end 1", "end 2")
-IN_A_WRITE = ("torn", "written")
 AT_THE_END = ("train end 0", "train end 1", "train end 2")
 
 
@@ -34,32 +32,49 @@ class Scenario:
     norm: bool = True
     arguments: tuple = (2, "constant", 0.01)
     known_length: bool = True
+    validate_average: bool = False
+
+    def phases(self, snapshot):
+        """What an epoch goes through, in order; a number is a place in the list of callbacks."""
+        writes = ["torn", "written"] * snapshot
+        if self.validate_average:
+            validation = ["test begin 0", *writes, "test begin 1", "test begin 2"]
+            validation += ["test batch 0", "test end 0", "test end 2"]
+            return ["begin", "batch", *validation, "end 0", "end 1", "end 2"]
+        ends = ["end 0", "end 1", "end 2"]
+        ends[1 if self.swa_first else 2 : 0] = writes
+        return ["begin", "batch", *ends]
 
 
 CYCLIC = (2, "cyclic", 0.01, 0.04, 2)
 SCENARIOS = [
-    Scenario(swa_first=False),
-    Scenario(swa_first=True),
     Scenario(swa_first=True, arguments=CYCLIC, known_length=False),
-    Scenario(swa_first=False, arguments=CYCLIC),
+    Scenario(swa_first=False),
     Scenario(swa_first=False, norm=False),
-    Scenario(swa_first=True, norm=False),
+    Scenario(swa_first=True, validate_average=True),
+    Scenario(swa_first=False, arguments=CYCLIC, validate_average=True),
+    Scenario(swa_first=True, norm=False, validate_average=True),
 ]
 
 
 def points(kit, scenario, generator):
     """Three points at which to kill, each later than the one before."""
     plan = kit.SWA(*scenario.arguments).plan(EPOCHS, learning_rate=0.05, batch_norm=scenario.norm)
-    possible = []
-    for epoch in range(EPOCHS):
-        possible += itertools.product([epoch], IN_ANY_EPOCH)
-        if plan.is_snapshot(epoch):
-            possible += itertools.product([epoch], IN_A_WRITE)
+    possible = [
+        (epoch, phase)
+        for epoch in range(EPOCHS)
+        for phase in scenario.phases(plan.is_snapshot(epoch))
+    ]
     possible += itertools.product([EPOCHS - 1], AT_THE_END)
     if scenario.swa_first:
         # Where BackupAndRestore still has its files and SWA none: the README's limit.
         possible.remove((EPOCHS - 1, "train end 1"))
-    return [possible[i] for i in sorted(generator.sample(range(len(possible)), 3))]
+    numbers = range(len(possible))
+    # One of them while the average is in the model, if it ever is.
+    carried = [i for i in numbers if "test" in possible[i][1] and possible[i][0] > 1]
+    chosen = generator.sample(carried, 1) if carried else []
+    chosen += generator.sample(sorted({*numbers} - {*chosen}), 3 - len(chosen))
+    return [possible[i] for i in sorted(chosen)]
 
 
 def live(kit, scenario, folder, point, result):
@@ -85,6 +100,15 @@ def live(kit, scenario, folder, point, result):
             def on_train_batch_end(self, batch, logs=None):
                 if batch == 1:
                     die(self.epoch, "batch" if place == 0 else None)
+
+            def on_test_begin(self, logs=None):
+                die(self.epoch, f"test begin {place}")
+
+            def on_test_batch_end(self, batch, logs=None):
+                die(self.epoch, f"test batch {place}")
+
+            def on_test_end(self, logs=None):
+                die(self.epoch, f"test end {place}")
 
             def on_epoch_end(self, epoch, logs=None):
                 die(epoch, f"end {place}")
@@ -119,11 +143,16 @@ def live(kit, scenario, folder, point, result):
     fed = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
     if not scenario.known_length:
         fed = fed.apply(tf.data.experimental.assert_cardinality(tf.data.UNKNOWN_CARDINALITY))
-    swa = kit.SWA(*scenario.arguments, backup_dir=folder / "swa")
+    swa = kit.SWA(
+        *scenario.arguments, backup_dir=folder / "swa", validate_average=scenario.validate_average
+    )
     restore = keras.callbacks.BackupAndRestore(str(folder / "model"))
     pair = [swa, restore] if scenario.swa_first else [restore, swa]
     callbacks = [killer(0), pair[0], killer(1), pair[1], killer(2)]
-    model.fit(fed, epochs=EPOCHS, verbose=0, callbacks=callbacks)
+    validation = fed.take(2) if scenario.validate_average else None
+    model.fit(
+        fed, epochs=EPOCHS, verbose=0, callbacks=callbacks, validation_data=validation,
+    )  # fmt: skip
     norm = model.layers[0] if scenario.norm else None
     np.savez(
         result,

@@ -6,25 +6,40 @@ import numpy as np
 import pytest
 
 from tests.conftest import mirrored
-from tests.test_lifecycle import Statistics, assert_exact, at, build, data, norm_of, stop
+from tests.kits import batched
+from tests.test_lifecycle import (
+    NO_STRATEGY,
+    Statistics,
+    assert_exact,
+    at,
+    build,
+    data,
+    norm_of,
+    stop,
+)
 from tests.tolerances import assert_bitwise, assert_weights
 
-START, EPOCHS = 2, 6
-X, Y = data(24, seed=3)
+START, EPOCHS = 2, 5
+HELD_OUT = batched(*data(24, seed=3))
 
 
 def nothing(swa):
     return []
 
 
-def run(kit, strategy, before=(), after=nothing, epochs=EPOCHS, **arguments):
-    """A run with validation: model, recorder, callback, history."""
+def run(
+    kit, strategy=NO_STRATEGY, before=(), after=nothing, epochs=EPOCHS, validated=None, **arguments
+):
+    """A run, with validation after the epochs given: model, recorder, callback, history."""
     kit.keras.utils.set_random_seed(7)
     model, recorder = build(kit, strategy), kit.Recorder()
     swa = kit.SWA(START, **arguments)
+    validation = {} if validated is None else {
+        "validation_data": HELD_OUT, "validation_freq": validated,
+    }  # fmt: skip
     history = model.fit(
-        *data(20), batch_size=8, epochs=epochs, verbose=0, shuffle=False, validation_data=(X, Y),
-        validation_batch_size=8, callbacks=[recorder, *before, swa, *after(swa)],
+        *data(20), batch_size=8, epochs=epochs, verbose=0, shuffle=False, **validation,
+        callbacks=[recorder, *before, swa, *after(swa)],
     ).history  # fmt: skip
     return model, recorder, swa, history
 
@@ -32,7 +47,7 @@ def run(kit, strategy, before=(), after=nothing, epochs=EPOCHS, **arguments):
 @functools.cache
 def plain(kit, n):
     """What a run leaves that does not look at the average before its end."""
-    model, recorder, _, history = run(kit, mirrored(n))
+    model, recorder, _, history = run(kit, mirrored(n), validated=[1])
     return recorder, history, kit.statistics(norm_of(model))
 
 
@@ -53,15 +68,13 @@ def all_weights(kit, model):
     return [replica for v in model.weights for replica in kit.replicas(v)]
 
 
-def reference(kit, weights, statistics):
-    """A model on one device, with an average of weights and statistics."""
-    model = build(kit)
-    for v, value in zip(model.trainable_variables, weights, strict=True):
-        v.assign(value)
+def loss_of(model, weights, statistics):
+    """What validation gives for weights and statistics."""
     norm = norm_of(model)
-    for v, value in zip((norm.moving_mean, norm.moving_variance), statistics, strict=True):
+    variables = [*model.trainable_variables, norm.moving_mean, norm.moving_variance]
+    for v, value in zip(variables, [*weights, *statistics], strict=True):
         v.assign(value)
-    return model
+    return model.evaluate(HELD_OUT, verbose=0)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +91,7 @@ def test_the_model_carries_the_average_and_nothing_is_left_of_it(kit, hook, n):
                     pass
                 seen.append(kit.trainable(model))
                 seen.append(kit.statistics(norm_of(model)))
-                seen.append(model.evaluate(X, Y, batch_size=8, verbose=0))
+                seen.append(model.evaluate(HELD_OUT, verbose=0))
                 raise KeyError
 
         def action(model):
@@ -98,8 +111,7 @@ def test_the_model_carries_the_average_and_nothing_is_left_of_it(kit, hook, n):
     assert_weights(weights, recorder.mean(*range(START, last + 1)))
     expected = [np.mean(s, 0) for s in zip(*kept.snapshots, strict=True)]
     np.testing.assert_allclose(statistics, expected, rtol=1e-6)
-    expected = reference(kit, weights, statistics).evaluate(X, Y, batch_size=8, verbose=0)
-    assert loss == pytest.approx(expected, rel=1e-5)
+    assert loss == pytest.approx(loss_of(build(kit), weights, statistics), rel=1e-5)
 
     # Amid an epoch, `evaluate` starts the epoch's metrics anew.
     losses = history["loss"] if hook == "on_epoch_end" else None
@@ -121,7 +133,7 @@ def test_in_the_bn_pass_the_model_has_the_average_anyway(kit, two_replicas):
     assert_bitwise(all_weights(kit, model), seen[0])
 
 
-def test_without_a_snapshot_or_a_fit_there_is_an_error(kit, two_replicas):
+def test_without_a_snapshot_or_a_fit_there_is_an_error(kit):
     errors = []
 
     def look(swa):
@@ -132,7 +144,7 @@ def test_without_a_snapshot_or_a_fit_there_is_an_error(kit, two_replicas):
 
         return [at(kit, 1, action)]
 
-    *_, swa, _ = run(kit, two_replicas, after=look)
+    *_, swa, _ = run(kit, after=look)
     assert "before the end of epoch 2" in errors[0]
     for unused in (swa, kit.SWA(2)):
         outside = pytest.raises(RuntimeError, match="After `fit` the model holds")
@@ -147,7 +159,7 @@ def test_validation_is_of_the_average(kit, strategy, tmp_path):
 
     def every_epoch(swa):
         def action(epoch, logs):
-            losses.append(model_of[0].evaluate(X, Y, batch_size=8, verbose=0))
+            losses.append(model_of[0].evaluate(HELD_OUT, verbose=0))
 
         return [checkpoint, kit.keras.callbacks.LambdaCallback(on_epoch_end=action)]
 
@@ -166,15 +178,16 @@ def test_validation_is_of_the_average(kit, strategy, tmp_path):
 
     model_of, trained = [], []
     model, _, swa, history = run(
-        kit, strategy, before=[Before()], after=every_epoch, validate_average=True
+        kit, strategy, before=[Before()], after=every_epoch, validate_average=True, validated=1
     )
 
     # What callbacks behind it evaluate is what validation was of.
     np.testing.assert_allclose(history["val_loss"], losses, rtol=1e-5)
+    one_device = build(kit)
     for epoch in range(START, EPOCHS):
         mean = [np.mean(np.float64(ws), 0) for ws in zip(*trained[START - 1 : epoch], strict=True)]
         statistics = [np.mean(s, 0) for s in zip(*kept.snapshots[: epoch - 1], strict=True)]
-        expected = reference(kit, mean, statistics).evaluate(X, Y, batch_size=8, verbose=0)
+        expected = loss_of(one_device, mean, statistics)
         assert history["val_loss"][epoch - 1] == pytest.approx(expected, rel=1e-4)
     n = strategy.num_replicas_in_sync
     recorder, its_history, _ = plain(kit, n)
@@ -186,9 +199,7 @@ def test_validation_is_of_the_average(kit, strategy, tmp_path):
 
     # The file is of the best epoch, and has the average.
     saved = kit.keras.models.load_model(path)
-    assert saved.evaluate(X, Y, batch_size=8, verbose=0) == pytest.approx(
-        min(history["val_loss"]), rel=1e-5
-    )
+    assert saved.evaluate(HELD_OUT, verbose=0) == pytest.approx(min(history["val_loss"]), rel=1e-5)
 
 
 def test_early_stopping_speaks_of_the_average_and_keeps_it(kit, two_replicas):
@@ -198,16 +209,16 @@ def test_early_stopping_speaks_of_the_average_and_keeps_it(kit, two_replicas):
 
     weights = []
     stopping = kit.keras.callbacks.EarlyStopping(
-        "val_loss", patience=2, min_delta=1e3, start_from_epoch=2, restore_best_weights=True
+        "val_loss", patience=1, min_delta=1e3, start_from_epoch=2, restore_best_weights=True
     )
     model, _, swa, history = run(
         kit, two_replicas, before=[stopping], after=lambda swa: [Validated()], epochs=9,
-        validate_average=True,
+        validate_average=True, validated=1,
     )  # fmt: skip
-    assert len(history["loss"]) == 6
+    assert len(history["loss"]) == 5
     assert_bitwise(stopping.best_weights, weights[2])  # none was better by 1000
-    assert swa.n_averaged == 4
-    assert_weights(kit.trainable(model), plain(kit, 2)[0].mean(2, 3, 4, 5))
+    assert swa.n_averaged == 3
+    assert_weights(kit.trainable(model), plain(kit, 2)[0].mean(2, 3, 4))
     kit.assert_replicas_agree(model)
 
 
@@ -229,7 +240,7 @@ def test_an_exception_while_the_average_is_in_the_model_costs_training_nothing(
     with pytest.raises(KeyError):
         run(
             kit, two_replicas, before=[Keep()], after=lambda swa: [at(kit, 4, fail, hook)],
-            validate_average=True,
+            validate_average=True, validated=1,
         )  # fmt: skip
     (model,) = model_of
     assert any(
@@ -244,17 +255,17 @@ def test_an_exception_while_the_average_is_in_the_model_costs_training_nothing(
     assert "make_train_function" not in vars(model)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_bn_pass_takes_so_many_batches(kit, two_replicas, steps):
-    model = build(kit, two_replicas)
+@pytest.mark.parametrize(("n", "steps"), [(1, 5), (2, 1), (4, 2)])
+def test_the_bn_pass_takes_so_many_batches(kit, n, steps):
+    model = build(kit, mirrored(n))
     recorder, swa = kit.Recorder(), kit.SWA(START, bn_steps=steps)
     history = model.fit(
-        *data(), batch_size=8, epochs=5, verbose=0, shuffle=False, validation_data=(X, Y),
+        *data(), batch_size=8, epochs=5, verbose=0, shuffle=False, validation_data=HELD_OUT,
         callbacks=[recorder, swa],
     ).history  # fmt: skip
     assert len(history["loss"]) == 5
     assert not model.stop_training
-    assert history["val_loss"][-1] == pytest.approx(model.evaluate(X, Y, verbose=0), rel=1e-5)
+    assert history["val_loss"][-1] == pytest.approx(model.evaluate(HELD_OUT, verbose=0), rel=1e-5)
     seen = data()[0][: 8 * steps].astype("float64")
     assert_exact(kit, model, recorder, range(START, 5), seen=seen)
 

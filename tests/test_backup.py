@@ -17,7 +17,7 @@ import tensorflow as tf
 from swa_dist.backup import Backup, BackupError
 from tests.conftest import mirrored
 from tests.kits import KITS
-from tests.test_lifecycle import at, build, data, stop
+from tests.test_lifecycle import NO_STRATEGY, at, build, data, stop
 from tests.test_weight_average import average_of, mirrored_variables
 from tests.tolerances import assert_bitwise, assert_weights
 
@@ -33,11 +33,19 @@ def kill(model):
 
 
 def run(
-    kit, folder, strategy=None, model=None, swa=None, before=(), after=(), restore=True, **arguments
+    kit,
+    folder,
+    strategy=NO_STRATEGY,
+    model=None,
+    swa=None,
+    before=(),
+    after=(),
+    restore=True,
+    **arguments,
 ):
     """A run that takes up whatever is in the folder: model, recorder, callback, history."""
     kit.keras.utils.set_random_seed(7)
-    model = model or build(kit, strategy or mirrored(2))
+    model = model or build(kit, strategy)
     recorder = kit.Recorder()
     swa = swa or kit.SWA(START, "constant", 0.02, backup_dir=folder / "swa")
     company = [kit.keras.callbacks.BackupAndRestore(str(folder / "model"))] if restore else []
@@ -53,11 +61,15 @@ def run(
     return model, recorder, swa, history
 
 
+def on(n):
+    return mirrored(n) if n > 1 else NO_STRATEGY
+
+
 @functools.cache
-def never(kit, n=2):
+def never(kit, n=1):
     """What a run ends with that was never killed, and its learning rates."""
     with tempfile.TemporaryDirectory() as folder:
-        model, *_, history = run(kit, Path(folder), mirrored(n))
+        model, *_, history = run(kit, Path(folder), on(n))
     return state(kit, model), history["learning_rate"]
 
 
@@ -90,7 +102,7 @@ def test_killed_anywhere_a_run_ends_as_one_that_was_never_killed(pytestconfig, t
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_run_resumed_by_hand(kit, tmp_path, n):
     """With `initial_epoch`, and a model of the user's own saving."""
-    strategy, path = mirrored(n), str(tmp_path / "model.keras")
+    strategy, path = on(n), str(tmp_path / "model.keras")
 
     def save(model):
         model.save(path)
@@ -135,7 +147,7 @@ def test_a_state_holds_the_buffers_and_no_weights(kit, tmp_path):
     run(kit, tmp_path, after=[at(kit, 3, kill)])
     names = dict(tf.train.list_variables(Backup(tmp_path / "swa", writes=False).path(3)))
     assert sorted(map(tuple, names.values()), key=str) == sorted(
-        [(), (), (), (), (), (1,), (2, 3), (3,), (3,), (3, 1)], key=str
+        [(), (), (), (), (), (), (1,), (2, 3), (3,), (3,), (3, 1)], key=str
     )
 
 
@@ -234,7 +246,7 @@ def test_weights_amid_an_epoch_are_not_taken_for_a_snapshot(kit, tmp_path, whole
     updates = 3 * 4 + whole_epochs_and
     run(kit, tmp_path, after=[at(kit, 4, kill)], restore=False)
     spoil(tmp_path / "swa", 4)
-    model = build(kit, mirrored(2))
+    model = build(kit)
     model.optimizer.iterations.assign(updates)
     with contextlib.ExitStack() as stack:
         stack.enter_context(pytest.warns(UserWarning, match="damaged"))
@@ -248,7 +260,7 @@ def test_weights_amid_an_epoch_are_not_taken_for_a_snapshot(kit, tmp_path, whole
 def test_without_a_state_for_the_epoch_there_is_an_error_that_helps(kit, tmp_path, folder):
     if folder == "later":
         run(kit, tmp_path, after=[at(kit, 6, kill)], restore=False)
-    model = build(kit, mirrored(2))
+    model = build(kit)
     before = kit.trainable(model)
     swa = kit.SWA(START, "constant", 0.02, backup_dir=tmp_path / "swa")
     with pytest.raises(ValueError, match="`backup_dir` must have the average as it was") as error:
@@ -278,7 +290,7 @@ def test_what_another_run_has_saved_is_refused(kit, tmp_path):
     for changed, values in OTHERS:
         arguments = {"start_epoch": START, "lr_schedule": "constant", "swa_lr": 0.02, **changed}
         swa = kit.SWA(**arguments, backup_dir=tmp_path / "swa")
-        model, outputs = build(kit, mirrored(2)), 1
+        model, outputs = build(kit), 1
         if not changed:
             layers, outputs = kit.keras.layers, 2
             model = kit.keras.Sequential(
@@ -345,7 +357,7 @@ def test_what_a_failed_write_leaves_is_an_earlier_state(tmp_path):
 
 @pytest.mark.parametrize("folder", ["/proc/swa", __file__ + "/swa"])
 def test_a_folder_that_cannot_be_written_to_is_refused_before_training(kit, folder):
-    model = build(kit, mirrored(2))
+    model = build(kit)
     before = kit.trainable(model)
     with pytest.raises(OSError, match=f"`backup_dir` must be a folder .* Received: '{folder}'"):
         model.fit(*data(20), epochs=EPOCHS, verbose=0, callbacks=[kit.SWA(2, backup_dir=folder)])
@@ -412,7 +424,7 @@ def test_a_finished_run_that_is_run_again_keeps_its_model(kit, tmp_path):
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
 def test_steps_may_be_a_number_of_numpys(kit, tmp_path):
     x, y = data()
-    model = build(kit, mirrored(2))
+    model = build(kit)
     fed = tf.data.Dataset.from_tensor_slices((x, y)).batch(8).repeat()
     swa = kit.SWA(2, backup_dir=tmp_path / "swa")
     model.fit(fed, epochs=3, steps_per_epoch=np.int64(3), verbose=0, callbacks=[swa])
@@ -441,7 +453,7 @@ def test_trainable_may_change_before_the_first_snapshot(kit, tmp_path):
         model.layers[-1].trainable = True
 
     def go(*after, **arguments):
-        model = build(kit, mirrored(2))
+        model = build(kit)
         model.layers[-1].trainable = False
         model.compile(kit.keras.optimizers.SGD(0.05), "mse", jit_compile=False)
         return run(

@@ -121,6 +121,27 @@ def test_a_dataset_has_the_size_of_its_batches(data, size):
     assert infer_batch_size(data) == size
 
 
+STAGES = {
+    "map": lambda data: data.map(preserve),
+    "prefetch": lambda data: data.prefetch(2),
+    "repeat": lambda data: data.repeat(2),
+    "shuffle": lambda data: data.shuffle(3),
+    "zip": lambda data: tf.data.Dataset.zip(data, tf.data.Dataset.range(9)).map(lambda b, i: b),
+}
+
+
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_whatever_follows_a_batch(drop_remainder):
+    for stages in itertools.permutations(STAGES.values(), 2):
+        data = ROWS.batch(8, drop_remainder=drop_remainder)
+        padded = ROWS.padded_batch(7, drop_remainder=drop_remainder)
+        for stage in stages:
+            data, padded = stage(data), stage(padded)
+        assert (infer_batch_size(data), infer_batch_size(padded)) == (8, 7)
+        sizes = {int(rows(batch)) for batch in data}
+        assert sizes == ({8} if drop_remainder else {8, 6})
+
+
 def test_a_dataset_is_not_read():
     def batches():
         raise AssertionError("it was")
@@ -139,10 +160,13 @@ def test_a_dataset_is_not_read():
         (BATCHES, 8),
         (BATCHES.map(lambda x, y: (2 * x, y)).repeat(), 8),
         (ROWS.batch(7, drop_remainder=True), 7),
+        (ROWS.batch(8, drop_remainder=True).map(preserve).prefetch(1), 8),
+        (tf.data.Dataset.zip(BATCHES, BATCHES).shuffle(2), 8),
+        (ROWS.padded_batch(4), 4),
         (ROWS.batch(2), 2),
         (dataset_of_generator([None]), None),
     ],
-    ids=["batch", "map", "odd", "small", "generator"],
+    ids=["batch", "map", "odd", "drop_remainder", "zip", "padded_batch", "small", "generator"],
 )
 def test_a_distributed_dataset_has_the_size_over_all_replicas(n, data, size):
     strategy = mirrored(n)
@@ -194,6 +218,14 @@ def test_an_iterator_is_not_touched(make):
     data = make(8, 8, 6)
     assert infer_batch_size(data) is None
     assert len(list(data)) == 3
+
+
+def test_another_iterable_is_not_begun():
+    class Batches:
+        def __iter__(self):
+            raise AssertionError("it was")
+
+    assert infer_batch_size(Batches()) is None
 
 
 def test_a_peekable_tells_and_gives_back():

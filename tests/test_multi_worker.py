@@ -14,8 +14,8 @@ import pytest
 import tf_keras
 
 from tests.kits import KITS
-from tests.tolerances import assert_mean, assert_variance, assert_weights
-from tests.worker import EPOCHS, SCENARIOS, SIZES, START, STEPS, rows_of
+from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
+from tests.worker import EPOCHS, GENERATED, ROWS, SCENARIOS, SIZES, START, STEPS, rows_of
 
 SECONDS = 240
 
@@ -68,12 +68,13 @@ def outcome(pytestconfig, tmp_path_factory):
 
 
 in_one_process = pytest.mark.xdist_group("two workers with uneven shares")
+in_another = pytest.mark.xdist_group("two workers with even shares")
 
 
 @pytest.mark.parametrize(
     ("scenario", "n_devices"),
     [
-        ("even", 2),
+        pytest.param("even", 2, marks=in_another),
         pytest.param("uneven", 1, marks=in_one_process),
         ("uneven", 2),
         ("stopped", 1),
@@ -129,6 +130,29 @@ def test_two_workers_are_one(outcome, scenario, n_devices):
     np.testing.assert_array_equal(first["variance0"][0], saved.layers[1].moving_variance.numpy())
     x, y = rows_of(7, 16)
     assert history["val_loss"][-1] == pytest.approx(saved.evaluate(x, y, verbose=0), rel=1e-5)
+
+
+@in_another
+@pytest.mark.parametrize("feed", ["arrays", "dataset", "generator"])
+def test_update_bn_pools_what_all_workers_saw(outcome, feed):
+    folder = outcome("even", 2)
+    workers = first, second = [np.load(folder / f"{feed}-{i}.npz") for i in range(2)]
+    given = [rows_of(9, ROWS)[0]]
+    if feed == "generator":
+        given = [rows_of(i, sum(sizes))[0] for i, sizes in enumerate(GENERATED)]
+    given = np.concatenate(given).astype(np.float64)
+    for i in range(2):
+        shares = [worker[f"rows{i}"].astype(np.float64) for worker in workers]
+        assert all(map(len, shares))
+        seen = np.concatenate(shares)
+        if i == 0:
+            assert_bitwise([np.sort(seen, 0)], [np.sort(given, 0)])
+        for name in ("mean", "variance"):
+            assert_bitwise(first[f"{name}{i}"], second[f"{name}{i}"])
+            assert_bitwise(first[f"{name}{i}"][:1], first[f"{name}{i}"][1:])
+        assert_mean(first[f"mean{i}"][0], seen.mean(0), seen.std(0))
+        assert_variance(first[f"variance{i}"][0], seen.var(0))
+    assert first["n_rows"] == second["n_rows"] == len(given)
 
 
 @in_one_process

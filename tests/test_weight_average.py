@@ -1,6 +1,9 @@
 """The mean of what variables held, on every replica."""
 
 import gc
+import json
+import subprocess
+import sys
 import weakref
 from types import SimpleNamespace
 
@@ -101,7 +104,8 @@ def test_buffers_are_mirrored_one_copy_for_each_replica(strategy, monkeypatch):
     average.copy_to_model()
     average.swap()
     average.swap()
-    *buffers, count, divisor, narrow = created
+    own, *buffers, count, divisor, narrow = created
+    assert (tuple(own.shape), own.dtype) == ((), tf.bool)
     assert [tuple(v.shape) for v in buffers] == SHAPES
     assert [v.dtype for v in buffers] == [tf.float32, tf.float32, tf.float64, tf.float32]
     for v in (count, divisor):
@@ -332,13 +336,98 @@ def test_a_checkpoint_holds_the_average_and_no_weights(strategy, tmp_path):
         average.update()
     path = tf.train.Checkpoint(average=average).save(str(tmp_path / "c"))
     names = [name for name, _ in tf.train.list_variables(path) if "average/" in name]
-    assert len(names) == len(SHAPES) + 2
+    assert len(names) == len(SHAPES) + 3  # the count, the divisor, and a mark without a value
     weights = random_weights(strategy, variables, generator)
     restored = average_of(variables, strategy)
     tf.train.Checkpoint(average=restored).restore(path).assert_consumed()
     assert restored.n_averaged == 3
     assert_bitwise(restored.get_weights(), average.get_weights())
     assert_bitwise(copies(strategy, variables)[0], weights)
+
+
+def test_a_checkpoint_of_a_swapped_average_is_refused(two_replicas, tmp_path):
+    """Its buffers have the weights: they would come back as an average."""
+    variables = mirrored_variables(two_replicas, ["float32", "bfloat16", "float64", "float32"])
+    average, generator = average_of(variables, two_replicas), np.random.default_rng(2)
+    checkpoint = tf.train.Checkpoint(average=average)
+    random_weights(two_replicas, variables, generator)
+    average.update()
+    before = checkpoint.save(str(tmp_path / "c"))
+    weights = random_weights(two_replicas, variables, generator)
+    average.update()
+    mean = average.get_weights()
+    with average.averaged_weights():
+        with pytest.raises(RuntimeError, match="A `WeightAverage` must be saved while the model"):
+            checkpoint.save(str(tmp_path / "d"))
+        with pytest.raises(RuntimeError, match="A `WeightAverage` must be restored while the mo"):
+            checkpoint.restore(before).expect_partial()
+    assert_bitwise(average.get_weights(), mean)
+    assert_bitwise(copies(two_replicas, variables)[1], weights)
+    assert tf.train.latest_checkpoint(str(tmp_path)) == before
+
+
+def test_a_step_traced_before_a_swap_leaves_the_average_alone(strategy):
+    variables = mirrored_variables(strategy, ["float32"] * 4)
+    average, generator = average_of(variables, strategy), np.random.default_rng(1)
+    update, copy = tf.function(average.update), tf.function(average.copy_to_model)
+    mean = random_weights(strategy, variables, generator)
+    update()
+    copy()
+    weights = random_weights(strategy, variables, generator)
+    for name, step in {"update": update, "copy_to_model": copy}.items():
+        with average.averaged_weights():
+            with pytest.raises(tf.errors.InvalidArgumentError, match=f"`{name}` must be called"):
+                step()
+            assert_bitwise(average.get_weights(), mean)
+            assert_bitwise(copies(strategy, variables)[0], mean)
+        assert_bitwise(copies(strategy, variables)[0], weights)
+        assert average.n_averaged == 1
+    update()
+    assert average.n_averaged == 2
+
+
+def test_in_a_graph_there_is_no_number_of_updates(two_replicas):
+    average = average_of(mirrored_variables(two_replicas, ["float32"] * 4), two_replicas)
+    average.update()
+    for ask in (lambda: average.n_averaged, average.swap, average.get_weights):
+        with pytest.raises(RuntimeError, match=r"`WeightAverage` has `update` and `copy_to_model`"):
+            tf.function(ask)()
+
+
+def test_an_interruption_at_any_moment_swaps_back(two_replicas, monkeypatch):
+    variables = mirrored_variables(two_replicas, ["float32"] * 4)
+    average = average_of(variables, two_replicas)
+    average.update()
+    weights = random_weights(two_replicas, variables, np.random.default_rng(1))
+
+    def interrupted():
+        swap()
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    swap = average._swap_in
+    monkeypatch.setattr(average, "_swap_in", interrupted)
+    with pytest.raises(KeyboardInterrupt), average.averaged_weights():
+        pytest.fail("It was opened.")
+    assert not average.swapped
+    assert_bitwise(copies(two_replicas, variables)[0], weights)
+
+
+def test_a_swap_needs_one_layer_of_memory_at_a_time(pytestconfig):
+    """Of 12; in half precision the average is wider, and a cast of it needs memory, too."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.memory"],
+        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    figures = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
+    assert [(f["replicas"], f["dtype"]) for f in figures] == [
+        (n, dtype) for n in (1, 2, 4) for dtype in ("float32", "bfloat16")
+    ]
+    for f in figures:
+        assert f["copy"] > 11, f  # it is seen, if there is one
+        assert f["swap"] < 3, f
+        assert f["swap back"] < 3, f
 
 
 def test_of_a_model_of_either_keras(kit, two_replicas):

@@ -17,6 +17,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
+from swa_dist import update_bn
+
 STEPS, EPOCHS, START = 3, 6, 2
 SIZES = [8, 5]  # rows of a replica's batches, by worker
 
@@ -28,6 +30,11 @@ SCENARIOS = {
     "dies": ([6, 1], None),
     "resumed": ([6, 1], None),
 }
+
+
+# What `update_bn` is given: a dataset of all workers, of which each gets its share; and for each
+# worker a generator of its own, as long as it likes.
+ROWS, GENERATED = 38, [[5, 4, 3], [7, 1]]
 
 
 def rows_of(index, n):
@@ -134,12 +141,38 @@ def main(directory, scenario, n_devices):
             for e, weights in enumerate(recorder.weights, 1)
             for i, w in enumerate(weights)
         },
-        **{
-            f"{name}{i}": np.stack(kit.replicas(getattr(norm, f"moving_{name}")))
-            for i, norm in enumerate(norms)
-            for name in ("mean", "variance")
-        },
+        **statistics(kit, norms),
     )
+    if scenario == "even":
+        update(kit, model, taps, norms, index, directory)
+
+
+def update(kit, model, taps, norms, index, directory):
+    """Recompute the statistics, and write down of what they are."""
+    x, y = rows_of(9, ROWS)
+    own = np.split(rows_of(index, sum(GENERATED[index]))[0], np.cumsum(GENERATED[index])[:-1])
+    feeds = {
+        "arrays": ((x, y), {"batch_size": 8}),
+        "dataset": (tf.data.Dataset.from_tensor_slices((x, y)).batch(8), {}),
+        "generator": ((batch for batch in own), {}),
+    }
+    for name, (data, arguments) in feeds.items():
+        for tap in taps:
+            tap.seen.clear()
+        np.savez(
+            directory / f"{name}-{index}.npz",
+            n_rows=update_bn(model, data, **arguments),
+            **{f"rows{i}": np.concatenate(tap.seen) for i, tap in enumerate(taps)},
+            **statistics(kit, norms),
+        )
+
+
+def statistics(kit, norms):
+    return {
+        f"{name}{i}": np.stack(kit.replicas(getattr(norm, f"moving_{name}")))
+        for i, norm in enumerate(norms)
+        for name in ("mean", "variance")
+    }
 
 
 if __name__ == "__main__":
