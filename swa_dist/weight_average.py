@@ -30,9 +30,9 @@ class WeightAverage(tf.Module):
     weights keep the copies bitwise equal.
 
     For the first 32 updates a buffer holds the sum s_n = s_(n-1) + w_n, and the average is s_n / n;
-    from then on it holds the average itself, a_n = a_(n-1) + (w_n - a_(n-1)) / n. The average is
-    within 1e-6 (relative to the largest weight of its variable) of the float64 mean of some 500
-    updates, and within 3e-6 of some 5,000.
+    from then on, and after a swap, it is the average, a_n = a_(n-1) + (w_n - a_(n-1)) / n.
+    It is within 1e-6 (relative to the largest weight of its variable) of the float64 mean of some
+    500 updates, and within 3e-6 of some 5,000.
 
     A `tf.train.Checkpoint` of it holds the buffers, and not the weights. To save or restore it
     while the average is in the model is an error; a checkpoint of the model alone then has the
@@ -216,16 +216,13 @@ class WeightAverage(tf.Module):
         tf.cond(tf.reduce_all([self._own_weights.flag, *finite]), self._add_replica, lambda: None)
 
     def _add_replica(self) -> None:
-        count = self.count.assign_add(1)
-        tf.cond(count <= _LONGEST_SUM, self._add_to_sums, self._move_means)
+        terms = self.count.read_value()
+        self.count.assign_add(1)
+        # After a swap the buffers hold means, and go on as such.
+        are_sums = tf.logical_and(self.divisor == terms, terms < _LONGEST_SUM)
+        tf.cond(are_sums, self._add_to_sums, self._move_means)
 
     def _add_to_sums(self) -> None:
-        terms = self.count - 1
-
-        def sums_of_means() -> None:  # swapping leaves means
-            self._each(lambda buffer, *_: buffer.assign(buffer * tf.cast(terms, buffer.dtype)))
-
-        tf.cond(self.divisor < terms, sums_of_means, lambda: None)
         done: list[tf.Operation] = []
         for buffer, variable in zip(self.buffers, self._weights, strict=True):
             with tf.control_dependencies(done):
@@ -236,16 +233,13 @@ class WeightAverage(tf.Module):
         self.divisor.assign(self.count)
 
     def _move_means(self) -> None:
-        def means_of_sums() -> None:
-            self._each(lambda buffer, *_: buffer.assign(self._average(buffer)))
-
         def move(buffer: tf.Variable, variable: tf.Variable, _: Any) -> tf.Operation:
-            step = (buffer - tf.cast(variable, buffer.dtype)) / tf.cast(self.count, buffer.dtype)
-            return buffer.assign_sub(step)
+            average = self._average(buffer)
+            step = (average - tf.cast(variable, buffer.dtype)) / tf.cast(self.count, buffer.dtype)
+            return buffer.assign(average - step)
 
-        tf.cond(self.divisor > 1, means_of_sums, lambda: None)
-        self.divisor.assign(1)
         self._each(move)
+        self.divisor.assign(1)
 
     def _copy_replica(self) -> None:
         own = self._own_weights.assertion("`copy_to_model` must be called")
