@@ -138,7 +138,7 @@ def load_digits(seed: int) -> tuple[Digits, Digits]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
-def build_model(keras: Any) -> Any:
+def build_model(keras: Any, shape: tuple[int, int, int] = (28, 28, 1)) -> Any:
     """Return a residual network of 20,000 parameters, with BN after each convolution."""
     layers = keras.layers
 
@@ -146,7 +146,7 @@ def build_model(keras: Any) -> Any:
         x = layers.Conv2D(filters, size, strides=strides, padding="same", use_bias=False)(x)
         return layers.BatchNormalization(momentum=0.9)(x)
 
-    inputs = layers.Input((28, 28, 1))
+    inputs = layers.Input(shape)
     x = layers.ReLU()(convolve(inputs, 16, 3, strides=2))
     for filters, strides in ((16, 1), (32, 2)):
         shortcut = x if strides == 1 else convolve(x, filters, 1, strides)
