@@ -444,9 +444,8 @@ class SWACallback(_Callback):
         """Follow what other callbacks have changed since the last epoch, as far as can be."""
         model = self.model
         self._learning_rate = self.flavour.learning_rate(model)  # compiled anew?
-        known = {
-            id(v) for v in self._average.weights.weights
-        }  # by `id`: variables compare by value
+        # By `id`: variables compare by value.
+        known = {id(v) for v in self._average.weights.weights}
         new = [v for v in trainable_variables(model) if id(v) not in known]
         if not new:
             return
