@@ -305,8 +305,8 @@ def _reading() -> str:
     return (
         "Why the peers are off. keras-swa sets the momentum of BN layers on every batch, which a "
         "traced training function does not see, and a learning rate of 0, in whose spite the "
-        'velocity of SGD and of Adam moves the weights on; with `lr_schedule="manual"`, its '
-        "default, it does not even set that. "
+        'velocity of SGD with momentum moves the weights on; with `lr_schedule="manual"`, its '
+        "default, it does not even set that: the last epoch trains. "
         f"One forward pass at momentum 0.99, as tensorflow-addons advises, keeps 0.99^{STEPS} = "
         f"{0.99**STEPS:.0%} of the statistics that training left; and under `MirroredStrategy` its "
         "optimizer mixes up the averages of variables that have the same shape, such as a BN "
