@@ -297,7 +297,8 @@ class SWACallback(_Callback):
             self._close_epoch()
             if self.n_averaged:
                 # What saves the model at the end of the epoch saves the average: what training
-                # goes on with is to be saved before.
+                # goes on with is to be saved before, and the average as the swap will leave it.
+                self._average.weights.settle()
                 self._save_if_possible()
                 self._carry_average()
 
@@ -430,6 +431,7 @@ class SWACallback(_Callback):
 
     def _prepare_average(self) -> None:
         self._average = ModelAverage(self.model, self.flavour.live_batch_norm(self.model))
+        self._weight_names = self.flavour.weight_names(self.model)  # later some may be frozen
 
     def _count(self) -> None:
         counts = self.model.train_function
@@ -494,7 +496,7 @@ class SWACallback(_Callback):
         self._warn(
             f"The weights at the end of epoch {epoch + 1} are not finite, and do not enter the "
             f"average, which has {self.n_averaged} snapshots. The first such weight is "
-            f"{self.flavour.weight_names(self.model)[first]!r}. Likely cause: {cause}."
+            f"{self._weight_names[first]!r}. Likely cause: {cause}."
         )
 
     def _mind_an_early_stop(self, epoch: int) -> None:

@@ -85,6 +85,7 @@ class WeightAverage(tf.Module):
             )
         self._update = ReplicaFunction(self._update_replica, strategy)
         self._copy = ReplicaFunction(self._copy_replica, strategy)
+        self._settle = ReplicaFunction(self._settle_replica, strategy)
         self._swap_in = ReplicaFunction(self._swap_in_replica, strategy)
         self._swap_out = ReplicaFunction(self._swap_out_replica, strategy)
 
@@ -147,8 +148,21 @@ class WeightAverage(tf.Module):
             self._swap_out()
             self._own_weights.certain = True
         else:
+            self.settle()
             self._own_weights.certain = False
             self._swap_in()
+
+    def settle(self) -> None:
+        """Have the buffers hold the average itself, as they do after a swap.
+
+        What follows a checkpoint that is made then is bitwise what follows a swap.
+
+        Raises:
+            RuntimeError: There is no average yet.
+        """
+        self._refuse_without_average()
+        if not self.swapped:
+            self._settle()
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -246,19 +260,19 @@ class WeightAverage(tf.Module):
         with tf.control_dependencies([own]):
             self._each(lambda buffer, v, _: v.assign(tf.cast(self._average(buffer), v.dtype)))
 
+    def _settle_replica(self) -> None:
+        self._each(lambda buffer, *_: buffer.assign(self._average(buffer)))
+        self.divisor.assign(1)
+
     def _swap_in_replica(self) -> None:
         def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
-            average, weight = self._average(buffer), variable.read_value()
+            average, weight = buffer.read_value(), variable.read_value()
             with tf.control_dependencies([average, weight]):
                 kept = [variable.assign(tf.cast(average, variable.dtype))]
-                if narrow is None:
-                    kept += [buffer.assign(weight)]
-                else:
-                    kept += [narrow.assign(weight), buffer.assign(average)]
+                kept += [(buffer if narrow is None else narrow).assign(weight)]
             return tf.group(kept)
 
         self._each(swap)
-        self.divisor.assign(1)
         self._own_weights.flag.assign(False)
 
     def _swap_out_replica(self) -> None:

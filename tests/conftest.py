@@ -12,6 +12,10 @@ from tests.kits import KITS, Kit
 
 N_DEVICES = 4
 
+# Keras keeps a graph of each model alive. To look through them all again and again for garbage
+# would take as long as the tests: the fixture `kit` does it, and only through what is new.
+gc.disable()
+
 _cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(
     _cpu, [tf.config.LogicalDeviceConfiguration()] * N_DEVICES
@@ -23,12 +27,21 @@ def kit(request: pytest.FixtureRequest) -> Kit:
     """One Keras after the other."""
     kit: Kit = request.param
     kit.keras.backend.clear_session()
-    # Keras keeps a graph of each model alive. To look through them all again and again for garbage
-    # would take as long as the tests.
     gc.collect()
     gc.freeze()
     kit.keras.utils.set_random_seed(7)
     return kit
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "exactness: what must be exact everywhere; all that CI runs on older versions"
+    )
+
+
+with_renorm = pytest.mark.parametrize(
+    "kit", [kit for kit in KITS if kit.has_renorm], indirect=True, ids=lambda kit: kit.name
+)
 
 
 @pytest.fixture(params=[1, 2, 4], ids=lambda n: f"{n}replicas")

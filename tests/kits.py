@@ -1,6 +1,7 @@
 """The two Kerases under test, and what tests need of either in the same words."""
 
 import functools
+import inspect
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -52,6 +53,23 @@ class Kit:
         if type(model.optimizer).__name__ == "MultiOptimizer":  # which has none of its own
             return float("nan")
         return float(tf.convert_to_tensor(model.optimizer.learning_rate).numpy())
+
+    @property
+    def has_renorm(self):
+        """Whether its BatchNormalization knows `renorm`, as Keras 3 does from 3.13 on."""
+        classes = self.keras.layers.BatchNormalization.__mro__
+        return any("renorm" in inspect.signature(cls.__init__).parameters for cls in classes)
+
+    def fragile(self):
+        """A layer that passes its inputs on while a variable is true, and fails when it is not."""
+        healthy = tf.Variable(True, trainable=False)
+
+        class Fragile(self.keras.layers.Layer):
+            def call(self, inputs):
+                with tf.control_dependencies([tf.debugging.assert_equal(healthy, True)]):
+                    return tf.identity(inputs)
+
+        return Fragile(), healthy
 
     @functools.cached_property
     def Recorder(self):  # noqa: N802
@@ -128,6 +146,16 @@ def _tap(kit):
             return np.concatenate([rows(batch, axis) for batch in self.seen])
 
     return Tap
+
+
+def batched(*arrays, size=8):
+    """Arrays as a dataset of batches.
+
+    For models that are trained or evaluated under a strategy a second time. Keras 3 then drops an
+    iterator as soon as it has given a batch, and TensorFlow 2.21 may crash if the iterator's thread
+    is still at work, which takes long where Keras has made the dataset of arrays.
+    """
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(size)
 
 
 def rows(batch, axis=-1):

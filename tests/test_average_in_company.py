@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import mirrored
+from tests.kits import batched
 from tests.test_backup import KilledError, kill, spoil
 from tests.test_lifecycle import at, build, data, norm_of
 from tests.tolerances import assert_bitwise, assert_weights
 
 START, EPOCHS = 2, 4
 X, Y = data(24, seed=3)
+HELD_OUT = batched(X, Y)
 HOOKS = (
     "on_epoch_begin", "on_train_batch_begin", "on_train_batch_end", "on_test_begin",
     "on_test_batch_begin", "on_test_batch_end", "on_test_end", "on_epoch_end", "on_predict_begin",
@@ -25,7 +27,7 @@ def run(kit, after=lambda swa: [], validation_freq=1, **arguments):
     model, recorder = build(kit, mirrored(2)), kit.Recorder()
     swa = kit.SWA(START, **arguments)
     history = model.fit(
-        *data(20), batch_size=8, epochs=EPOCHS, verbose=0, shuffle=False, validation_data=(X, Y),
+        *data(20), batch_size=8, epochs=EPOCHS, verbose=0, shuffle=False, validation_data=HELD_OUT,
         validation_freq=validation_freq, callbacks=[recorder, swa, *after(swa)],
     ).history  # fmt: skip
     return model, recorder, swa, history
@@ -68,7 +70,7 @@ def test_from_any_hook(kit, validate_average):
             def on_epoch_end(self, epoch, logs=None):
                 act(self, "on_epoch_end")
                 if epoch >= START:
-                    self.model.predict(X, verbose=0, callbacks=[self])
+                    self.model.predict(HELD_OUT, verbose=0, callbacks=[self])
 
         for hook in {*HOOKS} - {"on_epoch_end"}:
             setattr(Look, hook, lambda self, *_, hook=hook, **__: act(self, hook))
@@ -115,7 +117,7 @@ def test_what_others_put_into_the_model_at_the_end_is_not_the_average(kit, two_r
     x, y = data(20)
     swa = kit.SWA(1, validate_average=True)
     model.fit(
-        x / 30, y, batch_size=8, epochs=3, verbose=0, validation_data=(X / 30, Y),
+        x / 30, y, batch_size=8, epochs=3, verbose=0, validation_data=batched(X / 30, Y),
         callbacks=[Keep(), *stopping, swa],
     )  # fmt: skip
     assert swa.n_averaged == len(trained) == 3
@@ -133,7 +135,7 @@ def test_a_model_that_was_saved_with_the_average_does_not_make_up_for_a_damaged_
         swa = kit.SWA(2, backup_dir=tmp_path / "swa", validate_average=True)
         restore = kit.keras.callbacks.BackupAndRestore(str(tmp_path / "model"))
         build(kit).fit(
-            *data(20), batch_size=8, epochs=6, verbose=0, validation_data=(X, Y),
+            *data(20), batch_size=8, epochs=6, verbose=0, validation_data=HELD_OUT,
             callbacks=[restore, swa, *after],
         )  # fmt: skip
 

@@ -152,22 +152,20 @@ def test_without_a_snapshot_or_a_fit_there_is_an_error(kit):
             pass
 
 
+@pytest.mark.exactness
 def test_validation_is_of_the_average(kit, strategy, tmp_path):
     path = str(tmp_path / "best.keras")
     checkpoint = kit.keras.callbacks.ModelCheckpoint(path, "val_loss", save_best_only=True)
     kept, losses = Statistics(kit, *range(START, EPOCHS)), []
 
-    def every_epoch(swa):
-        def action(epoch, logs):
-            losses.append(model_of[0].evaluate(HELD_OUT, verbose=0))
+    def behind(swa):
+        def evaluate(model):
+            losses.append(model.evaluate(HELD_OUT, verbose=0))
 
-        return [checkpoint, kit.keras.callbacks.LambdaCallback(on_epoch_end=action)]
+        return [checkpoint, at(kit, 3, evaluate)]
 
     # The statistics of the epochs' ends, before the average comes into the model.
     class Before(kit.keras.callbacks.Callback):
-        def on_train_begin(self, logs=None):
-            model_of[:] = [self.model]
-
         def on_test_begin(self, logs=None):
             kept.callback.set_model(self.model)
             kept.callback.on_epoch_end(self.epoch)
@@ -176,13 +174,13 @@ def test_validation_is_of_the_average(kit, strategy, tmp_path):
         def on_epoch_begin(self, epoch, logs=None):
             self.epoch = epoch
 
-    model_of, trained = [], []
+    trained = []
     model, _, swa, history = run(
-        kit, strategy, before=[Before()], after=every_epoch, validate_average=True, validated=1
+        kit, strategy, before=[Before()], after=behind, validate_average=True, validated=1
     )
 
     # What callbacks behind it evaluate is what validation was of.
-    np.testing.assert_allclose(history["val_loss"], losses, rtol=1e-5)
+    assert losses == [pytest.approx(history["val_loss"][2], rel=1e-5)]
     one_device = build(kit)
     for epoch in range(START, EPOCHS):
         mean = [np.mean(np.float64(ws), 0) for ws in zip(*trained[START - 1 : epoch], strict=True)]

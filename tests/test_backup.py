@@ -99,6 +99,7 @@ def test_killed_anywhere_a_run_ends_as_one_that_was_never_killed(pytestconfig, t
         assert history["n_averaged"] > 1
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_run_resumed_by_hand(kit, tmp_path, n):
     """With `initial_epoch`, and a model of the user's own saving."""

@@ -80,6 +80,7 @@ def skewed(n, channels, seed=0):
     return (x + np.linspace(-3, 40, channels)).astype("float32")
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize("size", [1, 2, 7, 32, 128])
 def test_one_answer_however_the_rows_are_dealt_out(strategy, size):
     x = skewed(128, 5)

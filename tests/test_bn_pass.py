@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import mirrored
-from tests.kits import KITS, rows
+from tests.conftest import mirrored, with_renorm
+from tests.kits import KITS, batched, rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 NO_STRATEGY = tf.distribute.get_strategy()
@@ -102,8 +102,8 @@ def test_every_optimizer_stands_still(kit, name):
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_an_external_scheduler_moves_nothing_and_has_the_last_word_after(kit, two_replicas, order):
-    model = build(kit, two_replicas, momentum)
+def test_an_external_scheduler_moves_nothing_and_has_the_last_word_after(kit, order):
+    model = build(kit, make_optimizer=momentum)
     scheduler = kit.keras.callbacks.LearningRateScheduler(lambda epoch: 0.01 * (epoch + 1))
     callbacks = ([scheduler], []) if order == "before" else ([], [scheduler])
     recorder, _, history = fit(kit, model, callbacks)
@@ -114,12 +114,12 @@ def test_an_external_scheduler_moves_nothing_and_has_the_last_word_after(kit, tw
     np.testing.assert_allclose(history["learning_rate"][:3], [0.01, 0.02, 0.03], rtol=1e-6)
 
 
-def test_a_learning_rate_schedule_is_zero_in_effect(kit, two_replicas):
+def test_a_learning_rate_schedule_is_zero_in_effect(kit):
     def scheduled(optimizers):
         schedule = optimizers.schedules.ExponentialDecay(0.05, 3, 0.5)
         return optimizers.SGD(schedule, momentum=0.9)
 
-    model = build(kit, two_replicas, scheduled)
+    model = build(kit, make_optimizer=scheduled)
     recorder, _, history = fit(kit, model)
     assert_bitwise(kit.trainable(model), recorder.weights[2])
     assert_bitwise(kit.optimizer_state(model.optimizer), recorder.states[2])
@@ -200,14 +200,15 @@ def counting(kit, strategy):
 
 
 def test_it_adds_one_trace_and_retraces_nothing(kit, two_replicas):
+    fed = {"x": batched(*data()), "shuffle": False}
     model, plain = counting(kit, two_replicas)
-    model.fit(*data(), batch_size=8, epochs=2, verbose=0)
+    model.fit(**fed, verbose=0)
     model, averaged = counting(kit, two_replicas)
-    fit(kit, model)
+    fit(kit, model, **fed)
     assert averaged.traces == plain.traces + 2  # one trace, a call for each replica
-    fit(kit, model)
+    fit(kit, model, **fed)
     assert averaged.traces == plain.traces + 4
-    model.fit(*data(), batch_size=8, verbose=0)
+    model.fit(**fed, verbose=0)
     assert averaged.traces == plain.traces + 4
 
 
@@ -217,10 +218,10 @@ def test_validation_and_checkpoints_of_the_last_epoch_are_of_the_final_model(
     model = build(kit, two_replicas)
     path = str(tmp_path / "model.keras")
     checkpoint = kit.keras.callbacks.ModelCheckpoint(path)
-    x, y = data()
-    *_, history = fit(kit, model, ([], [checkpoint]), validation_data=(x, y))
+    held_out = batched(*data())
+    *_, history = fit(kit, model, ([], [checkpoint]), validation_data=held_out, validation_freq=[4])
     assert history["val_loss"][-1] == pytest.approx(
-        model.evaluate(x, y, verbose=0), rel=1e-6, abs=0
+        model.evaluate(held_out, verbose=0), rel=1e-6, abs=0
     )
     saved = kit.keras.models.load_model(path)
     assert_bitwise(saved.get_weights(), model.get_weights())
@@ -269,7 +270,7 @@ def test_after_an_accident_in_a_callback_the_next_fit_trains(kit, hook, order):
     setattr(Failing, hook, fail)
     callbacks = ([Clock(), Failing()], []) if order == "before" else ([Clock()], [Failing()])
     with pytest.raises(error):
-        fit(kit, model, callbacks, validation_data=data())
+        fit(kit, model, callbacks, validation_data=data(), validation_freq=[4])
     assert_trains_as_it_should(kit, model)
 
 
@@ -278,16 +279,9 @@ def test_after_an_accident_in_a_callback_the_next_fit_trains(kit, hook, order):
 def test_after_an_accident_in_the_step_all_is_put_back_at_once(kit, two_replicas, where):
     x, y = data()
     with two_replicas.scope():
-        healthy = tf.Variable(True, trainable=False)
-
-    class Fragile(kit.keras.layers.Layer):
-        def call(self, inputs):
-            with tf.control_dependencies([tf.debugging.assert_equal(healthy, True)]):
-                return tf.identity(inputs)
-
-    with two_replicas.scope():
+        fragile, healthy = kit.fragile()
         bn = kit.keras.layers.BatchNormalization()
-        layers = [bn, kit.keras.layers.Dense(4), Fragile(), kit.keras.layers.Dense(1)]
+        layers = [bn, kit.keras.layers.Dense(4), fragile, kit.keras.layers.Dense(1)]
         model = kit.keras.Sequential([kit.keras.layers.Input((3,)), *layers])
         model.compile(kit.keras.optimizers.SGD(0.05), "mse", jit_compile=False)
 
@@ -345,7 +339,7 @@ def assert_trains_as_it_should(kit, model):
         rate = kit.keras.callbacks.LambdaCallback(
             on_train_begin=lambda logs, trained=trained: rates.append(kit.rate(trained))
         )
-        trained.fit(*data(), batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=[rate])
+        trained.fit(batched(*data()), shuffle=False, verbose=0, callbacks=[rate])
     assert rates[0] == rates[1] == pytest.approx(0.05)
     assert kit.rate(model) == pytest.approx(0.05)
     assert_weights(model.get_weights(), twin.get_weights())
@@ -453,6 +447,7 @@ def test_synchronized_layers(kit, two_replicas):
     kit.assert_replicas_agree(norm)
 
 
+@with_renorm
 def test_renorm_layers_normalize_plainly_and_keep_all_statistics_in_agreement(kit):
     norm = kit.keras.layers.BatchNormalization(renorm=True, renorm_clipping={"rmax": 3.0})
     first, second = kit.Tap(), kit.Tap()
@@ -517,7 +512,7 @@ def test_mixed_precision(kit, policy, n):
     kit.assert_replicas_agree(norm)
 
 
-def test_layers_that_do_not_train_keep_what_they_have(kit, two_replicas):
+def test_layers_that_do_not_train_keep_what_they_have(kit):
     keras = kit.keras
 
     class Mixed(keras.Model):
@@ -533,15 +528,14 @@ def test_layers_that_do_not_train_keep_what_they_have(kit, two_replicas):
             x = self.inference(self.frozen(inputs, training=training), training=False)
             return self.dense(self.live(x, training=training))
 
-    with two_replicas.scope():
-        model = Mixed()
-        model.unused.build((None, 3))
-        model(data()[0])
-        model.compile("sgd", "mse", jit_compile=False)
-        kept = (model.frozen, model.inference, model.unused)
-        for i, layer in enumerate(kept):
-            layer.moving_mean.assign([i, 2.0, 3.0])
-            layer.moving_variance.assign([4.0, i + 1, 6.0])
+    model = Mixed()
+    model.unused.build((None, 3))
+    model(data()[0])
+    model.compile("sgd", "mse", jit_compile=False)
+    kept = (model.frozen, model.inference, model.unused)
+    for i, layer in enumerate(kept):
+        layer.moving_mean.assign([i, 2.0, 3.0])
+        layer.moving_variance.assign([4.0, i + 1, 6.0])
     before = [kit.statistics(layer) for layer in kept]
     fit(kit, model)
     for layer, statistics in zip(kept, before, strict=True):

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import mirrored
-from tests.kits import KITS, rows
-from tests.test_bn_pass import data
+from tests.kits import KITS, batched, rows
+from tests.test_bn_pass import NO_STRATEGY, data
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 EPOCHS, STEPS, RATE = 5, 3, 0.05
@@ -24,10 +23,10 @@ def order(request):
     return request.param
 
 
-def build(kit, strategy=None, **optimizer_arguments):
+def build(kit, strategy=NO_STRATEGY, **optimizer_arguments):
     kit.keras.utils.set_random_seed(7)
     layers = kit.keras.layers
-    with (strategy or mirrored(2)).scope():
+    with strategy.scope():
         model = kit.keras.Sequential(
             [
                 layers.Input((3,)),
@@ -100,7 +99,7 @@ def test_reduce_lr_on_plateau(kit, order):
     assert kit.rate(model) == kit.rate(plain) == pytest.approx(RATE / 16)
 
 
-def test_model_checkpoints(kit, order, tmp_path):
+def test_model_checkpoints(kit, two_replicas, order, tmp_path):
     def checkpoint(name, **arguments):
         return kit.keras.callbacks.ModelCheckpoint(str(tmp_path / name), **arguments)
 
@@ -111,7 +110,7 @@ def test_model_checkpoints(kit, order, tmp_path):
         only = {"save_weights_only": file == FORMATS[1]}
         checkpoints.append(checkpoint("{epoch}." + file, **only))
         checkpoints.append(checkpoint("{epoch}-{batch}." + file, save_freq=STEPS, **only))
-    model = build(kit)
+    model = build(kit, two_replicas)
     recorder, _ = fit(kit, model, checkpoints, order)
     assert_average(kit, model, recorder)
 
@@ -135,13 +134,13 @@ def test_model_checkpoint_of_the_best_epochs(kit, order, tmp_path):
     checkpoint = kit.keras.callbacks.ModelCheckpoint(
         str(tmp_path / "{epoch}.keras"), monitor="val_loss", save_best_only=True
     )
-    recorder, history = fit(kit, model, [checkpoint], order, validation_data=data())
+    recorder, history = fit(kit, model, [checkpoint], order, validation_data=batched(*data()))
     assert_average(kit, model, recorder)
     losses = history["val_loss"]
     best = [i + 1 for i, loss in enumerate(losses) if loss < min(losses[:i], default=np.inf)]
     assert {p.name for p in tmp_path.iterdir()} == {f"{epoch}.keras" for epoch in best}
     assert best[-1] == EPOCHS  # with statistics of all data it beats the moving ones
-    assert losses[-1] == pytest.approx(model.evaluate(*data(), verbose=0), rel=1e-6)
+    assert losses[-1] == pytest.approx(model.evaluate(batched(*data()), verbose=0), rel=1e-6)
     for epoch in best:
         saved = load(kit, tmp_path / f"{epoch}.keras", model)
         assert_bitwise(kit.trainable(saved), recorder.weights[epoch - 1])
@@ -151,7 +150,7 @@ def test_model_checkpoint_of_the_best_epochs(kit, order, tmp_path):
 def test_csv_logger(kit, order, tmp_path):
     model, path = build(kit), tmp_path / "log.csv"
     logger = kit.keras.callbacks.CSVLogger(str(path))
-    recorder, history = fit(kit, model, [logger], order, validation_data=data())
+    recorder, history = fit(kit, model, [logger], order, validation_data=batched(*data()))
     assert_average(kit, model, recorder)
     header, *lines = csv.reader(path.read_text().splitlines())
     logged = ["learning_rate"] * (order == "after") + ["loss", "val_loss"]
@@ -233,8 +232,8 @@ def test_backup_and_restore(kit, order, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_early_stopping_that_restores_weights(kit, order):
-    model = build(kit)
+def test_early_stopping_that_restores_weights(kit, two_replicas, order):
+    model = build(kit, two_replicas)
     stopping = kit.keras.callbacks.EarlyStopping(
         "loss", patience=9, mode="max", restore_best_weights=True
     )
@@ -255,7 +254,7 @@ def test_swap_ema_weights(kit, order, swap_on_epoch):
     def train(start_epoch):
         model = build(kit, use_ema=True, ema_momentum=0.5)
         swap = keras.callbacks.SwapEMAWeights(swap_on_epoch)
-        return model, *fit(kit, model, [swap], order, start_epoch, validation_data=data())
+        return model, *fit(kit, model, [swap], order, start_epoch, validation_data=batched(*data()))
 
     _, plain_recorder, plain = train(start_epoch=None)
     model, recorder, history = train(start_epoch=2)
@@ -267,10 +266,10 @@ def test_swap_ema_weights(kit, order, swap_on_epoch):
 
 
 @pytest.mark.parametrize("frequency", [None, 2])
-def test_an_optimizer_with_an_average_of_its_own(kit, frequency):
+def test_an_optimizer_with_an_average_of_its_own(kit, two_replicas, frequency):
     arguments = {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": frequency}
-    if frequency and kit.name == "keras3":  # which itself cannot do it under a strategy (3.15.1)
-        arguments["strategy"] = tf.distribute.get_strategy()
+    if not frequency or kit.name == "tf_keras":  # Keras 3.15.1 itself cannot under a strategy
+        arguments["strategy"] = two_replicas
     expected, _ = fit(kit, build(kit, **arguments), start_epoch=None)
     model = build(kit, **arguments)
     recorder, _ = fit(kit, model)
@@ -312,7 +311,7 @@ def test_bystanders(kit, order):
             ),
         ]
         model = build(kit)
-        recorder, _ = fit(kit, model, others, order, start_epoch, validation_data=data())
+        recorder, _ = fit(kit, model, others, order, start_epoch, validation_data=batched(*data()))
         assert numbers == list(range(EPOCHS))
         return model, recorder, calls
 

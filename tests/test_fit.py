@@ -7,6 +7,7 @@ import tensorflow as tf
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 EPOCHS = 6
+NO_STRATEGY = tf.distribute.get_strategy()
 
 
 def images(n, seed=0):
@@ -15,7 +16,7 @@ def images(n, seed=0):
     return x, rng.integers(0, 3, n)
 
 
-def build(kit, strategy, optimizer="SGD", rate=0.1, convolve=True, **compile_arguments):
+def build(kit, strategy=NO_STRATEGY, optimizer="SGD", rate=0.1, convolve=True, **compile_arguments):
     """A small network with BN of 4-D and 2-D inputs, a tap before each."""
     keras = kit.keras
     with strategy.scope():
@@ -53,6 +54,7 @@ def assert_pooled(kit, taps, norms):
         assert_variance(variance, seen.var(0))
 
 
+@pytest.mark.exactness
 def test_exact_average_and_statistics_with_a_ragged_last_batch(kit, strategy):
     model, taps, norms = build(kit, strategy)
     x, y = images(60)  # batches of 16, 16, 16, 12: 12 over 4 replicas leaves none without rows
@@ -69,6 +71,7 @@ def test_exact_average_and_statistics_with_a_ragged_last_batch(kit, strategy):
     kit.assert_replicas_agree(model)
 
 
+@pytest.mark.exactness
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3.6, at its end
 def test_replicas_without_rows(kit, two_replicas):
     # Only the last epoch has the batch of 1: Keras 3 itself trains to NaN on an empty shard. No
@@ -105,7 +108,7 @@ def test_without_replicas(kit, where):
     assert_pooled(kit, taps, norms)
 
 
-def dense(kit, strategy, rate=0.1):
+def dense(kit, strategy=NO_STRATEGY, rate=0.1):
     with strategy.scope():
         model = kit.keras.Sequential(
             [
@@ -136,8 +139,8 @@ def test_without_bn_the_last_epoch_trains_and_is_averaged(kit, strategy):
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cyclic"])
-def test_each_batch_has_the_rate_of_the_papers_schedule(kit, two_replicas, schedule):
-    model = dense(kit, two_replicas, rate=0.4)
+def test_each_batch_has_the_rate_of_the_papers_schedule(kit, schedule):
+    model = dense(kit, rate=0.4)
     recorder = kit.Recorder()
     freq = 2 if schedule == "cyclic" else 1
     swa = kit.SWA(start_epoch=6, lr_schedule=schedule, swa_lr=0.1, swa_freq=freq)
@@ -156,8 +159,8 @@ def test_each_batch_has_the_rate_of_the_papers_schedule(kit, two_replicas, sched
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3, after epoch 1
-def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit, two_replicas):
-    model = dense(kit, two_replicas, rate=0.4)
+def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit):
+    model = dense(kit, rate=0.4)
 
     def batches():
         x, y = rows(24)
@@ -176,8 +179,8 @@ def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit, two_replicas)
     assert swa.inferred_batch_size == 8
 
 
-def test_history_has_zero_for_the_bn_pass_and_the_rate_is_put_back(kit, two_replicas):
-    model, *_ = build(kit, two_replicas)
+def test_history_has_zero_for_the_bn_pass_and_the_rate_is_put_back(kit):
+    model, *_ = build(kit)
     recorder = kit.Recorder()
     swa = kit.SWA(3, "constant", swa_lr=0.02)
     history = model.fit(
@@ -189,7 +192,7 @@ def test_history_has_zero_for_the_bn_pass_and_the_rate_is_put_back(kit, two_repl
 
 
 def test_another_callbacks_history_entry_stays(kit):
-    model = dense(kit, tf.distribute.get_strategy())
+    model = dense(kit)
 
     def write(epoch, logs):
         logs["learning_rate"] = 42.0
@@ -199,10 +202,10 @@ def test_another_callbacks_history_entry_stays(kit):
     assert fit.history["learning_rate"] == [42.0] * 3
 
 
-def test_an_instance_serves_several_fits(kit, two_replicas):
+def test_an_instance_serves_several_fits(kit):
     swa = kit.SWA(start_epoch=2)
     for n, batch_size, epochs in ((24, 8, 3), (24, 12, 4)):
-        model = dense(kit, two_replicas)
+        model = dense(kit)
         for _ in range(2):
             recorder = kit.Recorder()
             model.fit(
@@ -214,8 +217,8 @@ def test_an_instance_serves_several_fits(kit, two_replicas):
             assert_weights(kit.trainable(model), recorder.mean(*range(2, epochs + 1)))
 
 
-def test_seed_lines_are_printed_word_for_word(kit, capsys, two_replicas):
-    model, *_ = build(kit, two_replicas)
+def test_seed_lines_are_printed_word_for_word(kit, capsys):
+    model, *_ = build(kit)
     model.fit(*images(16), epochs=3, verbose=0, callbacks=[kit.SWA(2, verbose=1)])
     assert capsys.readouterr().out.split("\n\n") == [
         "\nModel uses batch normalization. SWA will require last epoch to be a forward pass and "
@@ -225,7 +228,7 @@ def test_seed_lines_are_printed_word_for_word(kit, capsys, two_replicas):
         "Epoch 00003: reinitializing batch normalization layers",
         "Epoch 00003: running forward pass to adjust batch normalization\n",
     ]
-    model = dense(kit, two_replicas)
+    model = dense(kit)
     model.fit(*rows(16), epochs=3, verbose=0, callbacks=[kit.SWA(2, verbose=1)])
     assert capsys.readouterr().out.split("\n\n") == [
         "\nEpoch 00002: starting stochastic weight averaging",

@@ -107,7 +107,7 @@ def test_layers_in_a_tf_function_that_cannot_be_observed_are_named(kit):
         fit(kit, model, epochs=5)
         assert_bitwise(kit.statistics(norm), [[0] * 3, [1] * 3])
         return
-    with pytest.warns(UserWarning, match="take that `tf.function` away") as warned:
+    with pytest.warns(UserWarning, match="Take that `tf.function` away") as warned:
         fit(kit, model, epochs=5)
     assert repr(norm.name) in str(warned[0].message)
     assert repr(model.layers[1].name) not in str(warned[0].message)

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import mirrored
-from tests.kits import rows
+from tests.kits import batched, rows
 from tests.test_bn_pass import NO_STRATEGY, data
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
@@ -78,7 +78,7 @@ def assert_undisturbed(kit, model):
     assert kit.rate(model) == pytest.approx(RATE)
     assert "make_train_function" not in vars(model)
     state = kit.optimizer_state(model.optimizer)
-    model.fit(*data(), batch_size=8, verbose=0)
+    model.fit(batched(*data()), shuffle=False, verbose=0)
     moved = zip(state, kit.optimizer_state(model.optimizer), strict=True)
     assert any((a != b).any() for a, b in moved)
 
@@ -107,6 +107,7 @@ class Statistics:
         assert_variance(actual_variance, variance)
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize(("n", "stopped"), [(1, 4), (2, 8), (4, 4)])
 def test_early_stopping_is_followed_by_one_epoch_of_bn_pass(kit, n, stopped):
     model = build(kit, mirrored(n))
@@ -120,8 +121,8 @@ def test_early_stopping_is_followed_by_one_epoch_of_bn_pass(kit, n, stopped):
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_test_end"])
-def test_whatever_stops_training_is_seen_in_time(kit, two_replicas, hook):
-    model = build(kit, two_replicas)
+def test_whatever_stops_training_is_seen_in_time(kit, hook):
+    model = build(kit)
     recorder, _, history = fit(kit, model, after=[at(kit, 4, stop, hook)], validation_data=data())
     assert len(history["loss"]) == 5
     assert_exact(kit, model, recorder, range(2, 5))
@@ -141,8 +142,8 @@ def test_keras_early_stopping_stops_and_its_best_weights_give_way(kit, two_repli
     assert_exact(kit, model, recorder, range(2, 5))
 
 
-def test_best_weights_restored_after_swa_win(kit, two_replicas):
-    model = build(kit, two_replicas)
+def test_best_weights_restored_after_swa_win(kit):
+    model = build(kit)
     with pytest.warns(UserWarning, match="put such a callback before SWA"):
         recorder, *_ = fit(kit, model, after=[early_stopping(kit)])
     assert_bitwise(kit.trainable(model), recorder.weights[0])
@@ -155,8 +156,8 @@ def test_fractions_of_the_epochs_are_those_of_the_run_that_was_planned(kit):
     assert_exact(kit, model, recorder, [6])
 
 
-def test_without_bn_early_stopping_needs_no_further_epoch(kit, two_replicas):
-    model = build(kit, two_replicas, norm=False)
+def test_without_bn_early_stopping_needs_no_further_epoch(kit):
+    model = build(kit, norm=False)
     recorder, _, history = fit(kit, model, before=[at(kit, 4, stop)])
     assert len(history["loss"]) == 4
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
@@ -199,8 +200,8 @@ def test_statistics_that_are_not_finite_on_a_replica_do_not_enter_the_average(ki
 
 
 @pytest.mark.parametrize("side", ["before", "after"])
-def test_stopped_before_the_first_snapshot_the_weights_stay_as_trained(kit, two_replicas, side):
-    model = build(kit, two_replicas)
+def test_stopped_before_the_first_snapshot_the_weights_stay_as_trained(kit, side):
+    model = build(kit)
     with pytest.warns(UserWarning, match="ended with epoch 3, .* snapshot at the end of epoch 6"):
         recorder, swa, history = fit(kit, model, start_epoch=6, **{side: [at(kit, 3, stop)]})
     assert len(history["loss"]) == 3
@@ -236,8 +237,8 @@ def test_what_is_not_finite_is_not_averaged_and_terminate_on_nan_ends_finite(kit
     assert_exact(kit, model, recorder, [2, 3])
 
 
-def test_a_run_may_recover_from_what_is_not_finite(kit, two_replicas):
-    model = build(kit, two_replicas)
+def test_a_run_may_recover_from_what_is_not_finite(kit):
+    model = build(kit)
     healthy = []
 
     def heal(model):
@@ -324,20 +325,20 @@ def test_data_that_runs_out_before_the_pass(kit, two_replicas):
     assert_undisturbed(kit, model)
 
 
-def test_initial_epoch(kit, two_replicas):
-    model = build(kit, two_replicas)
+def test_initial_epoch(kit):
+    model = build(kit)
     recorder, swa, history = fit(kit, model, start_epoch=5, epochs=8, initial_epoch=3)
     assert len(history["loss"]) == 5
     assert swa.n_averaged == 3
     assert_exact(kit, model, recorder, [2, 3, 4])  # the recorder's count: epochs 5, 6, 7
 
 
-def test_one_epoch(kit, two_replicas):
-    model = build(kit, two_replicas, norm=False)
+def test_one_epoch(kit):
+    model = build(kit, norm=False)
     recorder, swa, _ = fit(kit, model, start_epoch=1, epochs=1)
     assert swa.n_averaged == 1
     assert_bitwise(kit.trainable(model), recorder.weights[0])
-    model = build(kit, two_replicas)
+    model = build(kit)
     before = model.get_weights()
     with pytest.raises(ValueError, match="at least one snapshot"):
         fit(kit, model, start_epoch=1, epochs=1)

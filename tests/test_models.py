@@ -323,32 +323,32 @@ def gradient_accumulation(kit):
     return stacked(kit, sgd(kit, gradient_accumulation_steps=2))
 
 
-@row()
+@row(replicas=0)
 def clipnorm(kit):
     return stacked(kit, sgd(kit, clipnorm=0.1))
 
 
-@row()
+@row(replicas=0)
 def clipvalue(kit):
     return stacked(kit, sgd(kit, clipvalue=0.05))
 
 
-@row()
+@row(replicas=0)
 def global_clipnorm(kit):
     return stacked(kit, sgd(kit, global_clipnorm=0.1))
 
 
-@row()
+@row(replicas=0)
 def weight_decay(kit):
     return stacked(kit, sgd(kit, weight_decay=0.1))
 
 
-@row()
+@row(replicas=0)
 def adamw(kit):
     return stacked(kit, kit.keras.optimizers.AdamW(0.01, weight_decay=0.1))
 
 
-@row()
+@row(replicas=0)
 def unit_norm_and_regularizers(kit):
     dense = {
         "kernel_constraint": kit.keras.constraints.UnitNorm(),
@@ -358,17 +358,17 @@ def unit_norm_and_regularizers(kit):
     return stacked(kit, dense=dense)
 
 
-@row()
+@row(replicas=0)
 def non_negative(kit):
     return stacked(kit, dense={"kernel_constraint": kit.keras.constraints.NonNeg()})
 
 
-@row()
+@row(replicas=0)
 def eager(kit):
     return stacked(kit, run_eagerly=True)
 
 
-@row()
+@row(replicas=0)
 def steps_per_execution(kit):
     return stacked(kit, steps_per_execution=2)
 
@@ -447,7 +447,7 @@ def frozen_bn_alone(kit):
     return Case(compiled(kit, model), *data(), still=norm.weights)
 
 
-@row()
+@row(replicas=0)
 def large_embedding(kit):
     layers = kit.keras.layers
     parts = [layers.Embedding(20_000, 16), layers.Flatten(), layers.Dense(1)]

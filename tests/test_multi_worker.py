@@ -71,13 +71,13 @@ in_one_process = pytest.mark.xdist_group("two workers with uneven shares")
 in_another = pytest.mark.xdist_group("two workers with even shares")
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize(
     ("scenario", "n_devices"),
     [
         pytest.param("even", 2, marks=in_another),
         pytest.param("uneven", 1, marks=in_one_process),
-        ("uneven", 2),
-        ("stopped", 1),
+        ("stopped", 2),
     ],
 )
 def test_two_workers_are_one(outcome, scenario, n_devices):

@@ -14,6 +14,8 @@ from tests.test_weight_average import average_of, copies, mirrored_variables
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 from tests.tpu import tpu_on_cpus
 
+pytestmark = pytest.mark.exactness
+
 
 @pytest.fixture(params=[2, 4])
 def strategy(request, monkeypatch):
@@ -121,7 +123,9 @@ def fed():
     return tf.data.Dataset.from_tensor_slices(data()).batch(8, drop_remainder=True)
 
 
-@pytest.mark.parametrize("ending", ["as planned", "early"])
+@pytest.mark.parametrize(
+    ("strategy", "ending"), [(2, "early"), (4, "as planned")], indirect=["strategy"]
+)
 def test_a_whole_fit(kit, unpacked, ending):
     model = build(kit, unpacked)
     stopping = [at(kit, 4, stop)] if ending == "early" else []

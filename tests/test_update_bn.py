@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import swa_dist.batch_norm
+import swa_dist.bn_observers
+import swa_dist.bn_statistics
 from swa_dist.bn_update import update_bn
 from swa_dist.data import infer_batch_size, peekable
-from tests.conftest import mirrored
+from tests.conftest import mirrored, with_renorm
 from tests.kits import rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance
 
@@ -147,9 +148,9 @@ def test_any_kind_of_data_with_and_without_targets(kit, feed):
         kit.assert_replicas_agree(model)
 
 
-@pytest.mark.parametrize("n", [1, 4])
-def test_one_answer_however_the_data_is_cut(kit, n):
-    model = build(kit, mirrored(n))
+@pytest.mark.exactness
+def test_one_answer_however_the_data_is_cut(kit, strategy):
+    model = build(kit, strategy, norms=1)
     for size in (1, 2, 7, 32, 38):
         shift(kit, model)
         assert update_bn(model, X, batch_size=size) == 38
@@ -158,7 +159,7 @@ def test_one_answer_however_the_data_is_cut(kit, n):
 
 
 def test_replicas_without_rows_and_batches_without_rows(kit, four_replicas):
-    model = build(kit, four_replicas)
+    model = build(kit, four_replicas, norms=1)
     fed = np.split(X, np.cumsum([0, 1, 0, 5, 3]))
     assert update_bn(model, iter(fed)) == 38
     assert_statistics(kit, model.layers[0], rows(X))
@@ -166,6 +167,7 @@ def test_replicas_without_rows_and_batches_without_rows(kit, four_replicas):
     assert all(np.isfinite(copy).all() for copy in copies(kit, model))
 
 
+@pytest.mark.exactness
 def test_it_is_the_callbacks_pass(kit, two_replicas):
     model = build(kit, two_replicas)
     model.compile("sgd", "mse", jit_compile=False)
@@ -242,6 +244,33 @@ def test_several_inputs(kit, two_replicas, structure):
             assert_statistics(kit, norm, rows(seen))
 
 
+def test_text(kit):
+    model = kit.keras.Sequential(
+        [
+            kit.keras.layers.TextVectorization(output_sequence_length=2, vocabulary=["a", "b"]),
+            kit.keras.layers.Embedding(4, 3),
+            kit.keras.layers.BatchNormalization(),
+        ]
+    )
+    text = np.array(["a b", "b", "a"])  # tokens 2 3, 3 0, 2 0
+    model(tf.constant(text))
+    embedded = kit.array(model.layers[1].trainable_variables[0])[[2, 3, 3, 0, 2, 0]]
+    for data in (text, iter([text[:1], text[1:]])):
+        shift(kit, model)
+        assert update_bn(model, data, batch_size=2 if data is text else None) == 3
+        assert_statistics(kit, model.layers[-1], rows(embedded))
+
+
+def test_one_row(kit, two_replicas):
+    model = build(kit, two_replicas, norms=1)
+    assert update_bn(model, X[:1]) == 1
+    for mean, variance in zip(
+        *(kit.replicas(v) for v in (model.layers[0].moving_mean, model.layers[0].moving_variance)),
+        strict=True,
+    ):
+        assert_bitwise([mean, variance], [X[0], np.zeros(3)])
+
+
 def test_masked_positions_do_not_count(kit, two_replicas):
     layers = kit.keras.layers
     model, (_, norm) = functional(
@@ -254,6 +283,7 @@ def test_masked_positions_do_not_count(kit, two_replicas):
     assert_statistics(kit, norm, rows(x)[(x != -1).any(-1).ravel()])
 
 
+@with_renorm
 def test_renorm_layers_normalize_plainly(kit):
     def make():
         return kit.keras.layers.BatchNormalization(renorm=True)
@@ -338,8 +368,7 @@ class AccidentError(Exception):
     pass
 
 
-@pytest.mark.parametrize("error", [AccidentError, KeyboardInterrupt])
-@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize(("error", "after"), [(AccidentError, 0), (KeyboardInterrupt, 2)])
 def test_an_accident_in_the_data_changes_nothing(kit, four_replicas, error, after):
     model = build(kit, four_replicas)
     shift(kit, model)
@@ -358,15 +387,9 @@ def test_an_accident_in_the_data_changes_nothing(kit, four_replicas, error, afte
 @pytest.mark.parametrize("where", ["forward", "pool"])
 def test_an_accident_in_the_pass_changes_nothing(kit, two_replicas, where, monkeypatch):
     with two_replicas.scope():
-        healthy = tf.Variable(True, trainable=False)
-
-    class Fragile(kit.keras.layers.Layer):
-        def call(self, inputs):
-            with tf.control_dependencies([tf.debugging.assert_equal(healthy, True)]):
-                return tf.identity(inputs)
-
+        fragile, healthy = kit.fragile()
     make = kit.keras.layers.BatchNormalization
-    model, _ = functional(kit, two_replicas, (3,), make, Fragile, make)
+    model, _ = functional(kit, two_replicas, (3,), make, lambda: fragile, make)
     shift(kit, model)
     before = copies(kit, model)
 
@@ -380,9 +403,9 @@ def test_an_accident_in_the_pass_changes_nothing(kit, two_replicas, where, monke
         original(self)
         raise KeyboardInterrupt
 
-    original = swa_dist.batch_norm.BatchNormStatistics.pool
+    original = swa_dist.bn_statistics.BatchNormStatistics.pool
     if where == "pool":
-        monkeypatch.setattr(swa_dist.batch_norm.BatchNormStatistics, "pool", interrupted)
+        monkeypatch.setattr(swa_dist.bn_statistics.BatchNormStatistics, "pool", interrupted)
     with pytest.raises(tf.errors.OpError if where == "forward" else KeyboardInterrupt):
         update_bn(model, data())
     assert_bitwise(copies(kit, model), before)
@@ -390,7 +413,7 @@ def test_an_accident_in_the_pass_changes_nothing(kit, two_replicas, where, monke
 
 
 def assert_nothing_is_left_behind(kit, model):
-    assert not swa_dist.batch_norm._OBSERVERS
+    assert not swa_dist.bn_observers._OBSERVERS
     for cls in kit.keras.layers.BatchNormalization.__mro__:
         assert not hasattr(vars(cls).get("call"), "__wrapped__")
     for layer in model._flatten_layers():
@@ -470,6 +493,7 @@ def test_data_without_end_needs_steps(kit, two_replicas, data):
         ({"data": dataset((X,)), "batch_size": 8}, r"`batch_size` is for arrays"),
         ({"data": (X, Y[1:])}, r"equally many rows. Received: \[38, 37\]"),
         ({"data": (X, Y, WEIGHTS, X)}, r"Received: a tuple of 4. Put several inputs into"),
+        ({"data": tf.data.Dataset.range(3)}, r"A batch in `data` must be an array, .*tf.Tensor"),
     ],
     ids=str,
 )

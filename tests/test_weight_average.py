@@ -39,6 +39,7 @@ def copies(strategy, variables):
     return [[v.numpy() for v in replica] for replica in zip(*local, strict=True)]
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize("n_snapshots", [1, 3, 100])
 def test_the_model_gets_the_mean_on_every_replica(strategy, n_snapshots):
     variables = mirrored_variables(strategy, ["float32"] * 4)
@@ -464,3 +465,27 @@ def test_an_update_compiles_under_xla():
     variables[0].assign(tf.fill(SHAPES[0], np.inf))
     compiled()
     assert average.n_averaged == 1
+
+
+def test_what_follows_a_settled_average_is_what_follows_a_swap(two_replicas):
+    results = []
+    for change in ("settle", "swap"):
+        variables = mirrored_variables(two_replicas, ["float32"] * len(SHAPES))
+        average = average_of(variables, two_replicas)
+        with pytest.raises(RuntimeError, match="no average yet"):
+            average.settle()
+        rng = np.random.default_rng(3)
+        for number in range(1, 12):
+            for v in variables:
+                v.assign(rng.normal(size=v.shape))
+            average.update()
+            before = average.get_weights()
+            getattr(average, change)()
+            if change == "swap":
+                average.settle()  # which leaves what is in the model alone
+                average.swap()
+            assert_bitwise(average.get_weights(), before)
+            assert average.n_averaged == number
+        replicas = copies(two_replicas, average.buffers)
+        results.append([buffer for replica in replicas for buffer in replica])
+    assert_bitwise(*results)

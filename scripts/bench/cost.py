@@ -189,7 +189,7 @@ def bn_pass(page: Page) -> None:
 
 def whole_fit(page: Page) -> None:
     """A whole fit with and without SWA."""
-    rounds, epochs, steps = (1, 4, 8) if page.quick else (10, 12, 30)
+    rounds, epochs, steps = (1, 4, 8) if page.quick else (10, 12, 15)
     rows = []
     for network, called in (("demo", "the demo's"), ("no BN", "two convolutions, no BN")):
         for flavour, legacy in FLAVOURS.items():
