@@ -34,28 +34,33 @@ class Page:
         outcome = "met" if found <= at_most else missed
         self.targets.append([what, report.digits(at_most), report.digits(found), outcome])
 
+    def write(self) -> None:
+        """Write down what there is."""
+        report.write(
+            self.output,
+            "cost.md",
+            "# Cost, ours and the peers'",
+            report.provenance(
+                COMMAND, self.quick, "tensorflow", "keras", "tf_keras", "keras-swa", "numpy"
+            ),
+            "Times are medians, with quartiles in brackets, of contenders that took turns in one "
+            "process; ratios are formed turn by turn. Everything is float32 on CPUs, which the "
+            "virtual replicas share.",
+            "## Targets",
+            report.table(["target", "at most", "found", ""], self.targets),
+            *self.paragraphs,
+        )
+
 
 def main() -> None:
     """Measure all, one process after the other, and write the page."""
     options = report.arguments("Measure what averaging costs.", COMMAND)
     page = Page(options.quick, options.output)
-    for section in (one_step, growth, bn_pass, whole_fit, hooks, peak_memory, swap, every_step):
+    # What takes long comes last: a run that is stopped has the rest.
+    for section in (one_step, growth, swap, hooks, bn_pass, peak_memory, whole_fit, every_step):
         print(f"{section.__doc__} ...", flush=True)
         section(page)
-    report.write(
-        options.output,
-        "cost.md",
-        "# Cost, ours and the peers'",
-        report.provenance(
-            COMMAND, options.quick, "tensorflow", "keras", "tf_keras", "keras-swa", "numpy"
-        ),
-        "Times are medians, with quartiles in brackets, of contenders that took turns in one "
-        "process; ratios are formed turn by turn. Everything is float32 on CPUs, which the virtual "
-        "replicas share.",
-        "## Targets",
-        report.table(["target", "at most", "found", ""], page.targets),
-        *page.paragraphs,
-    )
+        page.write()
 
 
 def one_step(page: Page) -> None:
