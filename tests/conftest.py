@@ -35,7 +35,7 @@ def kit(request: pytest.FixtureRequest) -> Kit:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
-        "markers", "exactness: what must be exact everywhere; all that CI runs on older versions"
+        "markers", "exactness: what must be exact everywhere; the short run for older versions"
     )
 
 
