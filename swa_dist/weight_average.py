@@ -261,8 +261,11 @@ class WeightAverage(tf.Module):
             self._each(lambda buffer, v, _: v.assign(tf.cast(self._average(buffer), v.dtype)))
 
     def _settle_replica(self) -> None:
-        self._each(lambda buffer, *_: buffer.assign(self._average(buffer)))
-        self.divisor.assign(1)
+        def divide() -> None:
+            self._each(lambda buffer, *_: buffer.assign(self._average(buffer)))
+            self.divisor.assign(1)
+
+        tf.cond(self.divisor > 1, divide, lambda: None)
 
     def _swap_in_replica(self) -> None:
         def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
