@@ -227,16 +227,18 @@ class WeightAverage(tf.Module):
             with tf.control_dependencies(finite[-1:] if _is_narrow(variable) else []):
                 finite.append(tf.math.is_finite(_sum(variable)))
         # On a TPU nothing comes of assertions.
-        tf.cond(tf.reduce_all([self._own_weights.flag, *finite]), self._add_replica, lambda: None)
-
-    def _add_replica(self) -> None:
-        terms = self.count.read_value()
-        self.count.assign_add(1)
+        taken = tf.reduce_all([self._own_weights.flag, *finite])
         # After a swap the buffers hold means, and go on as such.
+        terms = self.count.read_value()
         are_sums = tf.logical_and(self.divisor == terms, terms < _LONGEST_SUM)
-        tf.cond(are_sums, self._add_to_sums, self._move_means)
+        # One choice of three, not one within another: whatever is chosen from costs each variable.
+        tf.switch_case(
+            tf.where(taken, tf.where(are_sums, 1, 2), 0),
+            [lambda: None, self._add_to_sums, self._move_means],
+        )
 
     def _add_to_sums(self) -> None:
+        self.count.assign_add(1)
         done: list[tf.Operation] = []
         for buffer, variable in zip(self.buffers, self._weights, strict=True):
             with tf.control_dependencies(done):
@@ -247,6 +249,8 @@ class WeightAverage(tf.Module):
         self.divisor.assign(self.count)
 
     def _move_means(self) -> None:
+        self.count.assign_add(1)
+
         def move(buffer: tf.Variable, variable: tf.Variable, _: Any) -> tf.Operation:
             average = self._average(buffer)
             step = (average - tf.cast(variable, buffer.dtype)) / tf.cast(self.count, buffer.dtype)

@@ -1,9 +1,6 @@
 """Virtual devices, before anything else uses TensorFlow; and the two Kerases as fixtures."""
 
 import gc
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import pytest
 import tensorflow as tf

@@ -54,14 +54,12 @@ def plain(kit, n):
 def assert_undisturbed(kit, n, weights, losses, statistics=None):
     """Training went as it goes without a look at the average."""
     recorder, history, its_statistics = plain(kit, n)
-    # TensorFlow adds up the gradients of more than two replicas in any order.
-    same = assert_bitwise if n <= 2 else assert_weights
     for ours, theirs in zip(weights[: EPOCHS - 1], recorder.weights[: EPOCHS - 1], strict=True):
-        same(ours, theirs)
+        assert_bitwise(ours, theirs)
     if losses is not None:
-        same([np.array(losses[:-1])], [np.array(history["loss"][:-1])])
+        assert_bitwise([np.array(losses[:-1])], [np.array(history["loss"][:-1])])
     if statistics is not None:
-        same(statistics, its_statistics)
+        assert_bitwise(statistics, its_statistics)
 
 
 def all_weights(kit, model):
@@ -78,8 +76,7 @@ def loss_of(model, weights, statistics):
 
 
 @pytest.mark.parametrize(
-    ("hook", "n"),
-    [("on_epoch_end", 1), ("on_epoch_end", 2), ("on_epoch_end", 4), ("on_train_batch_end", 2)],
+    ("hook", "n"), [("on_epoch_end", 1), ("on_epoch_end", 2), ("on_train_batch_end", 2)]
 )
 def test_the_model_carries_the_average_and_nothing_is_left_of_it(kit, hook, n):
     seen = []
@@ -153,7 +150,8 @@ def test_without_a_snapshot_or_a_fit_there_is_an_error(kit):
 
 
 @pytest.mark.exactness
-def test_validation_is_of_the_average(kit, strategy, tmp_path):
+@pytest.mark.parametrize("n", [1, 2])
+def test_validation_is_of_the_average(kit, n, tmp_path):
     path = str(tmp_path / "best.keras")
     checkpoint = kit.keras.callbacks.ModelCheckpoint(path, "val_loss", save_best_only=True)
     kept, losses = Statistics(kit, *range(START, EPOCHS)), []
@@ -176,7 +174,7 @@ def test_validation_is_of_the_average(kit, strategy, tmp_path):
 
     trained = []
     model, _, swa, history = run(
-        kit, strategy, before=[Before()], after=behind, validate_average=True, validated=1
+        kit, mirrored(n), before=[Before()], after=behind, validate_average=True, validated=1
     )
 
     # What callbacks behind it evaluate is what validation was of.
@@ -187,7 +185,6 @@ def test_validation_is_of_the_average(kit, strategy, tmp_path):
         statistics = [np.mean(s, 0) for s in zip(*kept.snapshots[: epoch - 1], strict=True)]
         expected = loss_of(one_device, mean, statistics)
         assert history["val_loss"][epoch - 1] == pytest.approx(expected, rel=1e-4)
-    n = strategy.num_replicas_in_sync
     recorder, its_history, _ = plain(kit, n)
     assert history["val_loss"][0] == pytest.approx(its_history["val_loss"][0], rel=1e-6)
     assert_undisturbed(kit, n, trained, history["loss"])
@@ -253,7 +250,7 @@ def test_an_exception_while_the_average_is_in_the_model_costs_training_nothing(
     assert "make_train_function" not in vars(model)
 
 
-@pytest.mark.parametrize(("n", "steps"), [(1, 5), (2, 1), (4, 2)])
+@pytest.mark.parametrize(("n", "steps"), [(1, 5), (2, 1), (2, 2)])
 def test_the_bn_pass_takes_so_many_batches(kit, n, steps):
     model = build(kit, mirrored(n))
     recorder, swa = kit.Recorder(), kit.SWA(START, bn_steps=steps)

@@ -1,6 +1,5 @@
 """Several workers, each a process: all end with the same model, exact over what all were fed."""
 
-import functools
 import json
 import os
 import socket
@@ -53,36 +52,26 @@ def run(root, directory, scenario, n_devices, workers=2):
     return results
 
 
-@pytest.fixture(scope="module")
-def outcome(pytestconfig, tmp_path_factory):
-    """Runs a scenario to its end, once; returns the folder with what the workers wrote down."""
-
-    @functools.cache
-    def folder_of(scenario, n_devices):
-        folder = tmp_path_factory.mktemp(scenario)
-        for code, output, _ in run(pytestconfig.rootpath, folder, scenario, n_devices):
-            assert code == 0, output[-4000:]
-        return folder
-
-    return folder_of
-
-
-in_one_process = pytest.mark.xdist_group("two workers with uneven shares")
-in_another = pytest.mark.xdist_group("two workers with even shares")
+def finish(root, folder, scenario, n_devices):
+    """Run the workers to their end; return what each wrote down."""
+    for code, output, _ in run(root, folder, scenario, n_devices):
+        assert code == 0, output[-4000:]
+    return [np.load(folder / f"{i}.npz") for i in range(2)]
 
 
 @pytest.mark.exactness
-@pytest.mark.parametrize(
-    ("scenario", "n_devices"),
-    [
-        pytest.param("even", 2, marks=in_another),
-        pytest.param("uneven", 1, marks=in_one_process),
-        ("stopped", 2),
-    ],
-)
-def test_two_workers_are_one(outcome, scenario, n_devices):
-    folder = outcome(scenario, n_devices)
-    first, second = (np.load(folder / f"{i}.npz") for i in range(2))
+@pytest.mark.parametrize(("scenario", "n_devices"), [("even", 2), ("stopped", 2)])
+def test_two_workers_are_one(pytestconfig, tmp_path, scenario, n_devices):
+    workers = finish(pytestconfig.rootpath, tmp_path, scenario, n_devices)
+    assert_one(workers, tmp_path / "model.keras", scenario, n_devices)
+    if scenario == "even":
+        for feed in ("arrays", "dataset", "generator"):
+            assert_pooled([np.load(tmp_path / f"{feed}-{i}.npz") for i in range(2)], feed)
+
+
+def assert_one(workers, model_file, scenario, n_devices):
+    """Both workers ended with the same, and with what the definition gives for all data."""
+    first, second = workers
 
     # Both hold the same, bit by bit, on each replica.
     own = ("rows",)
@@ -124,7 +113,7 @@ def test_two_workers_are_one(outcome, scenario, n_devices):
     np.testing.assert_allclose(history["learning_rate"][-2:], [0.02, 0.0], rtol=1e-6)
     assert first["rate"] == pytest.approx(0.02)
     tap = {"Tap": KITS[1].Tap}
-    saved = tf_keras.models.load_model(folder / "model.keras", custom_objects=tap)
+    saved = tf_keras.models.load_model(model_file, custom_objects=tap)
     for array, weight in zip(weights, saved.trainable_variables, strict=True):
         np.testing.assert_array_equal(array, weight.numpy())
     np.testing.assert_array_equal(first["variance0"][0], saved.layers[1].moving_variance.numpy())
@@ -132,11 +121,9 @@ def test_two_workers_are_one(outcome, scenario, n_devices):
     assert history["val_loss"][-1] == pytest.approx(saved.evaluate(x, y, verbose=0), rel=1e-5)
 
 
-@in_another
-@pytest.mark.parametrize("feed", ["arrays", "dataset", "generator"])
-def test_update_bn_pools_what_all_workers_saw(outcome, feed):
-    folder = outcome("even", 2)
-    workers = first, second = [np.load(folder / f"{feed}-{i}.npz") for i in range(2)]
+def assert_pooled(workers, feed):
+    """`update_bn` gave both workers the statistics of what all were fed."""
+    first, second = workers
     given = [rows_of(9, ROWS)[0]]
     if feed == "generator":
         given = [rows_of(i, sum(sizes))[0] for i, sizes in enumerate(GENERATED)]
@@ -155,25 +142,27 @@ def test_update_bn_pools_what_all_workers_saw(outcome, feed):
     assert first["n_rows"] == second["n_rows"] == len(given)
 
 
-@in_one_process
-def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(
-    pytestconfig, tmp_path, outcome
-):
-    (survivor, output, seconds), (died, _, _) = run(pytestconfig.rootpath, tmp_path, "dies", 1)
+@pytest.mark.exactness
+def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(pytestconfig, tmp_path):
+    root = pytestconfig.rootpath
+    never_folder, folder = tmp_path / "never", tmp_path / "died"
+    never_folder.mkdir()
+    folder.mkdir()
+    never = finish(root, never_folder, "uneven", 1)
+    assert_one(never, never_folder / "model.keras", "uneven", 1)
+
+    (survivor, output, seconds), (died, _, _) = run(root, folder, "dies", 1)
     assert died == 9
     assert survivor not in (0, 9)
     assert "Error" in output
     assert seconds < SECONDS
-    assert sorted(p.name for p in (tmp_path / "swa").glob("*.index")) == [
+    assert sorted(p.name for p in (folder / "swa").glob("*.index")) == [
         "swa-epoch-00002.index", "swa-epoch-00003.index"
     ]  # fmt: skip
 
-    for code, output, _ in run(pytestconfig.rootpath, tmp_path, "resumed", 1):
-        assert code == 0, output[-4000:]
-    assert not (tmp_path / "swa").exists()
-    never = outcome("uneven", 1)
-    for worker in range(2):
-        a, b = (np.load(folder / f"{worker}.npz") for folder in (tmp_path, never))
+    resumed = finish(root, folder, "resumed", 1)
+    assert not (folder / "swa").exists()
+    for a, b in zip(resumed, never, strict=True):
         assert len(json.loads(str(a["history"]))["loss"]) == EPOCHS - 3
         for name in a.files:
             if not name.startswith(("snapshot", "history")):

@@ -1,9 +1,6 @@
 """The mean of what variables held, on every replica."""
 
 import gc
-import json
-import subprocess
-import sys
 import weakref
 from types import SimpleNamespace
 
@@ -11,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from scripts.bench import isolated, memory
 from swa_dist.weight_average import WeightAverage
 from tests.tolerances import assert_bitwise, assert_weights
 
@@ -414,21 +412,14 @@ def test_an_interruption_at_any_moment_swaps_back(two_replicas, monkeypatch):
     assert_bitwise(copies(two_replicas, variables)[0], weights)
 
 
-def test_a_swap_needs_one_layer_of_memory_at_a_time(pytestconfig):
+def test_a_swap_needs_one_layer_of_memory_at_a_time():
     """Of 12; in half precision the average is wider, and a cast of it needs memory, too."""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.memory"],
-        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-4000:]
-    figures = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
-    assert [(f["replicas"], f["dtype"]) for f in figures] == [
-        (n, dtype) for n in (1, 2, 4) for dtype in ("float32", "bfloat16")
-    ]
-    for f in figures:
-        assert f["copy"] > 11, f  # it is seen, if there is one
-        assert f["swap"] < 3, f
-        assert f["swap back"] < 3, f
+    cases = [(n, dtype) for n in (1, 4) for dtype in ("float32", "bfloat16")]
+    found = isolated.call(memory.swaps, cases, 12, 720, replicas=4)
+    for case, peaks in zip(cases, found, strict=True):
+        assert peaks[memory.COPY] > 11, case  # it is seen, if there is one
+        assert peaks[memory.THERE] < 3, case
+        assert peaks[memory.BACK] < 3, case
 
 
 def test_of_a_model_of_either_keras(kit, two_replicas):

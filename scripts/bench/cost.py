@@ -291,23 +291,29 @@ def peak_memory(page: Page) -> None:
 
 def swap(page: Page) -> None:
     """Memory of a swap."""
-    rows = []
-    for n in (1, 4):
-        taken = isolated.call(memory.swap, n, 3 if page.quick else 8, replicas=n, legacy=True)
-        there, back = (b / memory.LAYER_BYTES / n for b in taken)
-        rows.append([str(n), f"{there:.2f}", f"{back:.2f}"])
-        page.aim(
-            f"peak memory of a swap above before, in layers per replica, on {n}",
-            max(there, back),
-            1.1,
-            "several layers were under way at once",
-        )
+    if page.quick:
+        depth, width, cases = 4, 1024, [(1, "float32")]
+    else:
+        depth, width = 12, 1600
+        cases = [(n, dtype) for dtype in ("float32", "bfloat16") for n in (1, 2, 4)]
+    found = isolated.call(memory.swaps, cases, depth, width, replicas=4, legacy=True)
+    columns = (memory.THERE, memory.BACK, memory.COPY)
+    rows = [
+        [dtype, str(n), *(report.digits(peaks[c]) for c in columns)]
+        for (n, dtype), peaks in zip(cases, found, strict=True)
+    ]
+    page.aim(
+        "peak memory of a swap above before, in layers per replica, at most",
+        max(peaks[c] for peaks in found for c in columns[:2]),
+        1.1,
+        "several layers were under way at once",
+    )
     page.add(
         "## Memory of a swap",
         "What `WeightAverage.swap()` takes at its peak on top of what the process has, in "
-        "multiples of one of the model's equal layers, for each replica. On the way back tensors "
-        "only change hands.",
-        report.table(["replicas", "average in", "weights back"], rows),
+        f"multiples of one of the average's {depth} equal layers, for each replica; beside it, a "
+        "copy of all. On the way back tensors only change hands.",
+        report.table(["weights", "replicas", *columns], rows),
     )
 
 

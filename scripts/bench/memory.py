@@ -9,6 +9,7 @@ import numpy as np
 from scripts.bench import networks, peers
 
 PLAIN, OURS, KERAS_SWA = "plain", "ours", "keras-swa"
+THERE, BACK, COPY = "average in", "weights back", "copy"
 
 WIDTH = 3200  # of layers so large that little else shows
 LAYER_BYTES = 4 * WIDTH**2
@@ -33,37 +34,66 @@ def peak_of_fit(what: str, replicas: int, depth: int) -> int:
     return _status("VmHWM")
 
 
-def swap(replicas: int, depth: int) -> list[int]:
-    """Exchange weights and average there and back; return what each takes on top, in bytes."""
+def swaps(cases: list[tuple[int, str]], depth: int, width: int) -> list[dict[str, float]]:
+    """Exchange weights and average of a network of equal layers, there and back.
+
+    Args:
+        cases: Numbers of replicas, and the dtypes that the weights have.
+        depth: How many layers the network has.
+        width: Of them.
+
+    Returns:
+        For each case the peak of each way, beyond what the process had before, in layers of
+        float32, which is what the average has, for each replica. Beside them, that of a copy of
+        the whole average.
+    """
+    return [_swap(*case, depth, width) for case in cases]
+
+
+def _swap(replicas: int, dtype: str, depth: int, width: int) -> dict[str, float]:
     import tensorflow as tf
 
     from swa_dist import WeightAverage
 
-    with networks.mirrored(replicas).scope():
-        model = networks.equal_layers(tf.keras, WIDTH, depth)
+    strategy = networks.mirrored(replicas)
+    with strategy.scope():
+        model = networks.equal_layers(tf.keras, width, depth, dtype)
     average = WeightAverage(model)
+    layer = 4 * width**2 * replicas
+
+    def train() -> None:
+        for v in average.weights:  # in place: what memory it has shared it has no more
+            v.assign_add(tf.ones_like(v))
+
+    def copy() -> list[Any]:
+        local = [strategy.experimental_local_results(b) for b in average.buffers]
+        return [b.read_value() + 1 for each in local for b in each]
+
+    train()
     average.update()
     for _ in range(2):  # traced
         average.swap()
-    kept, taken = [], []
-    for _ in range(2):
-        kept += _use_up_free_memory()
+    found = {}
+    for name, action in {THERE: average.swap, BACK: average.swap, COPY: copy}.items():
+        train()
+        kept = _use_up_free_memory(width)
         before = _forget_peak()
-        average.swap()
-        taken.append(_status("VmHWM") - before)
-    return taken
+        result = action()
+        found[name] = (_status("VmHWM") - before) / layer
+        del kept, result
+    return found
 
 
-def _use_up_free_memory() -> list[Any]:
+def _use_up_free_memory(width: int) -> list[Any]:
     """Hold all memory that the process has got and let go of, so that what comes next shows."""
     import tensorflow as tf
 
     kept: list[Any] = []
     new_in_a_row = 0
-    while new_in_a_row < 3:
+    while new_in_a_row < 12:
         before = _status("VmRSS")
-        kept.append(tf.ones([WIDTH, WIDTH]))
-        new_in_a_row = new_in_a_row + 1 if _status("VmRSS") - before > LAYER_BYTES / 2 else 0
+        kept.append(tf.ones([width, width]))
+        new_in_a_row = new_in_a_row + 1 if _status("VmRSS") - before > 2 * width**2 else 0
     return kept
 
 

@@ -100,11 +100,11 @@ def equal_weights(keras: Any, parameters: int, variables: int) -> Any:
     return keras.Model(inputs, Weights()(inputs))
 
 
-def equal_layers(keras: Any, width: int, depth: int) -> Any:
+def equal_layers(keras: Any, width: int, depth: int, dtype: str = "float32") -> Any:
     """Return a network of so many dense layers with width * width weights each."""
     return keras.Sequential(
         [keras.layers.Input((width,))]
-        + [keras.layers.Dense(width, use_bias=False) for _ in range(depth)]
+        + [keras.layers.Dense(width, use_bias=False, dtype=dtype) for _ in range(depth)]
     )
 
 
