@@ -518,6 +518,7 @@ def assert_statistics(kit, seen, norm):
     assert_variance(variance, seen.var(0))
 
 
+@pytest.mark.exactness
 @pytest.mark.parametrize(("kit", "build", "replicas"), ROWS, indirect=["kit"])
 def test_any_model_that_keras_can_train(kit, build, replicas):
     strategy = mirrored(replicas) if replicas else tf.distribute.get_strategy()
