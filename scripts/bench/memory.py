@@ -71,12 +71,14 @@ def _swap(replicas: int, dtype: str, depth: int, width: int) -> dict[str, float]
 
     train()
     average.update()
+    average.divisor.assign(2)
     for _ in range(2):  # traced
         average.swap()
     found = {}
+    average.divisor.assign(2)  # as that of a sum: it is divided on the way
     for name, action in {THERE: average.swap, BACK: average.swap, COPY: copy}.items():
         train()
-        kept = _use_up_free_memory(width)
+        kept = [_use_up_free_memory(width, d) for d in ("float32", dtype)]
         before = _forget_peak()
         result = action()
         found[name] = (_status("VmHWM") - before) / layer
@@ -84,16 +86,17 @@ def _swap(replicas: int, dtype: str, depth: int, width: int) -> dict[str, float]
     return found
 
 
-def _use_up_free_memory(width: int) -> list[Any]:
+def _use_up_free_memory(width: int, dtype: str) -> list[Any]:
     """Hold all memory that the process has got and let go of, so that what comes next shows."""
     import tensorflow as tf
 
     kept: list[Any] = []
+    layer = width**2 * tf.as_dtype(dtype).size
     new_in_a_row = 0
     while new_in_a_row < 12:
         before = _status("VmRSS")
-        kept.append(tf.ones([width, width]))
-        new_in_a_row = new_in_a_row + 1 if _status("VmRSS") - before > 2 * width**2 else 0
+        kept.append(tf.ones([width, width], dtype))
+        new_in_a_row = new_in_a_row + 1 if _status("VmRSS") - before > layer / 2 else 0
     return kept
 
 
