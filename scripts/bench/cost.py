@@ -216,8 +216,8 @@ def whole_fit(page: Page) -> None:
                 f"whole `fit` with SWA / without, but for what is done once, {called}, {flavour}",
                 without.median,
                 1.0,
-                "no BN pass saves a backward pass here: what is left is the snapshots and noise "
-                "(see the quartiles)"
+                "no BN pass saves a backward pass here: what is left is the snapshots, the trace "
+                "of what is counted in the training step, and noise (see the quartiles)"
                 if network != "demo"
                 else "the saved backward passes of one epoch are less than the noise (see the "
                 "quartiles)",
