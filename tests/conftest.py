@@ -30,13 +30,6 @@ def kit(request: pytest.FixtureRequest) -> Kit:
     return kit
 
 
-@pytest.fixture(autouse=True)
-def graph_optimization(request: pytest.FixtureRequest) -> None:
-    """What must be exact runs as users run it; elsewhere a sixth of the time is saved."""
-    off = request.node.get_closest_marker("exactness") is None
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": off})
-
-
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "exactness: what must be exact everywhere; the short run for older versions"

@@ -415,9 +415,9 @@ def test_an_interruption_at_any_moment_swaps_back(two_replicas, monkeypatch):
 def test_a_swap_needs_one_layer_of_memory_at_a_time():
     """Of 12; in half precision the average is wider, and a cast of it needs memory, too."""
     cases = [(n, dtype) for n in (1, 4) for dtype in ("float32", "bfloat16")]
-    found = isolated.call(memory.swaps, cases, 12, 720, replicas=4)
+    found = isolated.call(memory.swaps, cases, 12, 1024, replicas=4)
     for case, peaks in zip(cases, found, strict=True):
-        assert peaks[memory.COPY] > 11, case  # it is seen, if there is one
+        assert peaks[memory.COPY] > 10, case  # it is seen, if there is one
         assert peaks[memory.THERE] < 3, case
         assert peaks[memory.BACK] < 3, case
 

@@ -90,13 +90,14 @@ def _use_up_free_memory(width: int, dtype: str) -> list[Any]:
     """Hold all memory that the process has got and let go of, so that what comes next shows."""
     import tensorflow as tf
 
+    layer = tf.zeros([width, width], dtype)
     kept: list[Any] = []
-    layer = width**2 * tf.as_dtype(dtype).size
+    size = width**2 * layer.dtype.size
     new_in_a_row = 0
     while new_in_a_row < 12:
         before = _status("VmRSS")
-        kept.append(tf.ones([width, width], dtype))
-        new_in_a_row = new_in_a_row + 1 if _status("VmRSS") - before > layer / 2 else 0
+        kept.append(layer + 1)
+        new_in_a_row = new_in_a_row + 1 if _status("VmRSS") - before > size / 2 else 0
     return kept
 
 
