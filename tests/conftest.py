@@ -1,6 +1,7 @@
 """Virtual devices, before anything else uses TensorFlow; and the two Kerases as fixtures."""
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import tensorflow as tf
@@ -39,6 +40,18 @@ def pytest_configure(config: pytest.Config) -> None:
 with_renorm = pytest.mark.parametrize(
     "kit", [kit for kit in KITS if kit.has_renorm], indirect=True, ids=lambda kit: kit.name
 )
+
+
+@pytest.fixture(scope="module")
+def unoptimized_graphs() -> Iterator[None]:
+    """TensorFlow's graph optimization off: a sixth of the time, for graphs that run a few times.
+
+    For tests of what happens when. Those of sums and statistics have graphs as users have them.
+    """
+    options = tf.config.optimizer.set_experimental_options
+    options({"disable_meta_optimizer": True})
+    yield
+    options({"disable_meta_optimizer": False})
 
 
 @pytest.fixture(params=[1, 2, 4], ids=lambda n: f"{n}replicas")

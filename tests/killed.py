@@ -27,6 +27,7 @@ class Scenario:
     """How a run is set up. `swa_first`: where BackupAndRestore stands."""
 
     swa_first: bool
+    replicas: int = 2
     norm: bool = True
     arguments: tuple = (2, "constant", 0.01)
     known_length: bool = True
@@ -46,12 +47,12 @@ class Scenario:
 
 CYCLIC = (2, "cyclic", 0.01, 0.04, 2)
 SCENARIOS = [
-    Scenario(swa_first=True, arguments=CYCLIC, known_length=False),
+    Scenario(swa_first=True, replicas=1, arguments=CYCLIC, known_length=False),
     Scenario(swa_first=False),
-    Scenario(swa_first=False, norm=False),
+    Scenario(swa_first=False, replicas=1, norm=False),
     Scenario(swa_first=True, validate_average=True),
     Scenario(swa_first=False, arguments=CYCLIC, validate_average=True),
-    Scenario(swa_first=True, norm=False, validate_average=True),
+    Scenario(swa_first=True, replicas=1, norm=False, validate_average=True),
 ]
 
 
@@ -78,9 +79,12 @@ def points(kit, scenario, generator):
 def live(kit, scenario, folder, point, result):
     """Train, from wherever the last life came to, to `point`, or to the end."""
     cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    devices = [tf.config.LogicalDeviceConfiguration()] * scenario.replicas
+    tf.config.set_logical_device_configuration(cpu, devices)
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # takes long
     strategy = tf.distribute.MirroredStrategy(
-        ["CPU:0", "CPU:1"], cross_device_ops=tf.distribute.ReductionToOneDevice()
+        [f"CPU:{i}" for i in range(scenario.replicas)],
+        cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
     keras = kit.keras
     keras.utils.set_random_seed(7)

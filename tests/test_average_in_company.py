@@ -11,6 +11,8 @@ from tests.test_backup import KilledError, kill, spoil
 from tests.test_lifecycle import at, build, data, norm_of
 from tests.tolerances import assert_bitwise, assert_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
+
 START, EPOCHS = 2, 4
 X, Y = data(24, seed=3)
 HELD_OUT = batched(X, Y)

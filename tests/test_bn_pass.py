@@ -10,6 +10,8 @@ from tests.conftest import mirrored, with_renorm
 from tests.kits import KITS, batched, rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
+
 NO_STRATEGY = tf.distribute.get_strategy()
 
 

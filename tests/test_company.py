@@ -11,6 +11,8 @@ from tests.kits import KITS, batched, rows
 from tests.test_bn_pass import NO_STRATEGY, data
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
+
 EPOCHS, STEPS, RATE = 5, 3, 0.05
 
 # The checkpoints that Keras writes of one epoch: the whole model, and the weights alone.

@@ -190,7 +190,7 @@ def test_the_kaggle_kernel_runs_and_is_what_the_readme_shows(pytestconfig, tmp_p
     kernel = (pytestconfig.rootpath / "scripts" / "kaggle_kernel.py").read_text()
     (shown,) = (b for b in readme_blocks(pytestconfig.rootpath) if "find_strategy" in b)
     assert shown in kernel
-    shorter = kernel.replace("EPOCHS, START, BATCH = 20, 15, 16", "EPOCHS, START, BATCH = 4, 2, 16")
+    shorter = kernel.replace("EPOCHS, START, BATCH = 20, 15, 16", "EPOCHS, START, BATCH = 3, 1, 16")
     assert shorter != kernel
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:swa_dist", "-c", shorter],

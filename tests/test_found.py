@@ -24,6 +24,8 @@ from tests.test_lifecycle import (
 )
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
+
 
 def fail(model):
     raise KeyboardInterrupt

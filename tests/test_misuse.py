@@ -10,6 +10,8 @@ from tests.kits import rows
 from tests.test_lifecycle import NO_STRATEGY, RATE, assert_exact, at, build, data, fit, norm_of
 from tests.tolerances import assert_bitwise, assert_mean, assert_weights
 
+pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
+
 
 def test_two_in_one_fit_are_refused(kit):
     model = build(kit)

@@ -162,11 +162,12 @@ def bn_pass(page: Page) -> None:
     """The BN pass beside a training epoch."""
     cases = [("demo", "the demo's", 1, 60, 3), ("demo", "the demo's", 4, 60, 3)]
     cases += [("resnet50", "ResNet-50 at 64x64", 1, 16, 1)]
-    if page.quick:
-        cases = [("demo", "the demo's", 4, 12, 1)]
+    flavours = FLAVOURS
+    if page.quick:  # each Keras once, here and in `hooks`
+        cases, flavours = [("demo", "the demo's", 4, 12, 1)], {"Keras 3": False}
     rows = []
     for network, called, replicas, steps, fits in cases:
-        for flavour, legacy in FLAVOURS.items():
+        for flavour, legacy in flavours.items():
             times = [
                 isolated.call(
                     training.bn_pass, network, replicas, steps, replicas=replicas, legacy=legacy
@@ -235,9 +236,11 @@ def whole_fit(page: Page) -> None:
 
 def hooks(page: Page) -> None:
     """Steps before averaging begins."""
+    sizes, flavours = (8, 7, 300), FLAVOURS
+    if page.quick:
+        sizes, flavours = (2, 5, 50), {"tf_keras": True}
     rows = []
-    for flavour, legacy in FLAVOURS.items():
-        sizes = (2, 5, 50) if page.quick else (8, 7, 300)
+    for flavour, legacy in flavours.items():
         times = isolated.call(training.hooks, *sizes, legacy=legacy)
         empty, ours = times[training.EMPTY], times[training.OURS]
         spread = Spread.of(empty)
