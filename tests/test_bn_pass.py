@@ -72,6 +72,8 @@ def optimizers(kit):
         candidate = getattr(kit.keras.optimizers, name)
         if not isinstance(candidate, type) or name.lower() in ("optimizer", "legacy"):
             continue
+        if (name, kit.keras.__version__) == ("Muon", "3.10.0"):  # cannot train with TensorFlow
+            continue
         if issubclass(candidate, kit.keras.optimizers.Optimizer):
             yield pytest.param(kit, name, id=f"{kit.name}-{name}")
 
