@@ -30,9 +30,10 @@ class WeightAverage(tf.Module):
     weights keep the copies bitwise equal.
 
     For the first 32 updates a buffer holds the sum s_n = s_(n-1) + w_n, and the average is s_n / n;
-    from then on, and after a swap, it is the average, a_n = a_(n-1) + (w_n - a_(n-1)) / n.
-    It is within 1e-6 (relative to the largest weight of its variable) of the float64 mean of some
-    500 updates, and within 3e-6 of some 5,000.
+    from then on, and after a swap, it is the average, a_n = (a_(n-1) - a_(n-1) / n) + w_n / n.
+    Relative to the largest weight of its variable it is within 1e-6 of the float64 mean of some 100
+    updates, within 2e-6 of 500 and 2e-5 of 5,000, if the weights drift steadily; if they scatter,
+    converge or stand still, nearer.
 
     A `tf.train.Checkpoint` of it holds the buffers, and not the weights. To save or restore it
     while the average is in the model is an error; a checkpoint of the model alone then has the
@@ -252,9 +253,10 @@ class WeightAverage(tf.Module):
         self.count.assign_add(1)
 
         def move(buffer: tf.Variable, variable: tf.Variable, _: Any) -> tf.Operation:
-            average = self._average(buffer)
-            step = (average - tf.cast(variable, buffer.dtype)) / tf.cast(self.count, buffer.dtype)
-            return buffer.assign(average - step)
+            # Not a - (a - w) / n, whose one rounding goes the same way each time if w drifts. That
+            # of a - a / n does not, as a / n is another fraction of a in each update.
+            average, n = self._average(buffer), tf.cast(self.count, buffer.dtype)
+            return buffer.assign(average - average / n + tf.cast(variable, buffer.dtype) / n)
 
         self._each(move)
         self.divisor.assign(1)

@@ -255,6 +255,27 @@ def test_weights_that_do_not_move_are_their_own_average(two_replicas):
     assert_weights(average.get_weights(), weights)
 
 
+@pytest.mark.parametrize("rate", [2e-5, 1e-3])
+def test_weights_that_drift_do_not_take_the_average_along(two_replicas, rate):
+    """What is rounded in one direction, each time, adds up."""
+    variables = mirrored_variables(two_replicas, ["float32"] * 4)
+    average, generator = average_of(variables, two_replicas), np.random.default_rng(0)
+    start = random_weights(two_replicas, variables, generator)
+    drift = [rate * generator.normal(size=w.shape) for w in start]
+    totals = [0] * len(start)
+    for n in range(1, 501):
+        for v, w, d in zip(variables, start, drift, strict=True):
+            v.assign(tf.cast(w + n * d, tf.float32))
+        weights = copies(two_replicas, variables)[0]
+        totals = [t + w.astype("float64") for t, w in zip(totals, weights, strict=True)]
+        average.update()
+        if n == 100:
+            assert_weights(average.get_weights(), [t / n for t in totals])
+    for actual, total in zip(average.get_weights(), totals, strict=True):
+        expected = total / n
+        assert np.abs(actual - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("updates", [3, 40])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_a_swap_rounds_nothing(strategy, dtype, updates):
