@@ -99,6 +99,7 @@ class SWACallback(_Callback):
     _counts: Any  # a CountingTrainFunction, then
     _learning_rate: Any  # an OptimizerLearningRate, then
     _initial_rate: float | None
+    _execution: int  # the first batch of the one that runs
     _closed: int | None  # the last epoch of which the snapshot, if it was due, is taken
     _plan: Plan
 
@@ -276,6 +277,7 @@ class SWACallback(_Callback):
             self._begin_bn_pass(epoch)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        self._execution = batch
         if self._epoch is not None and self._plan.changes_within(self._epoch):
             self._set_learning_rate(self._plan.learning_rate(self._epoch, batch))
 
@@ -284,8 +286,9 @@ class SWACallback(_Callback):
             return
         # Whoever looks at the model at the end of the last epoch, wherever in the list, is to find
         # the final one. More batches may come nevertheless: the data may have grown.
-        enough = self.arguments.bn_steps is not None and batch + 1 >= self.arguments.bn_steps
-        if enough or (self._plan.steps and batch + 1 >= self._plan.steps):
+        done = self.flavour.last_batch(self.model, self._execution, batch) + 1
+        enough = self.arguments.bn_steps is not None and done >= self.arguments.bn_steps
+        if enough or (self._plan.steps and done >= self._plan.steps):
             self._bn_pass.settle()
         if enough:
             self.model.stop_training = True

@@ -114,6 +114,13 @@ class Flavour:
             if isinstance(layer, self._batch_norm_base) and layer.built and layer.trainable
         ]
 
+    def last_batch(self, model: Any, first: int, named: int) -> int:
+        """Return the last batch of an execution, which began with `first`.
+
+        Callbacks are told of it under the name of its last batch, and by Keras 3.10 of its first.
+        """
+        return max(named, first + model.steps_per_execution - 1) if self.is_keras_3 else named
+
     def optimizers(self, model: Any) -> list[Any]:
         """Return every optimizer that a model, or a model in it, was compiled with or holds."""
         found: dict[int, Any] = {}

@@ -267,6 +267,21 @@ def test_the_bn_pass_takes_so_many_batches(kit, n, steps):
     assert_exact(kit, model, recorder, range(START, 4), seen=seen)
 
 
+@pytest.mark.parametrize("steps", [None, 2])
+def test_the_bn_pass_ends_with_the_execution_of_its_last_batch(kit, steps):
+    model, seen = build(kit), []
+    model.compile(model.optimizer, "mse", jit_compile=False, steps_per_execution=2)
+    recorder, swa = kit.Recorder(), kit.SWA(START, bn_steps=steps)
+    look = at(kit, 4, lambda model: seen.extend([*model.get_weights(), kit.rate(model)]))
+    fed = data(32)
+    model.fit(
+        *fed, batch_size=8, epochs=4, verbose=0, shuffle=False, callbacks=[look, recorder, swa]
+    )
+    assert_bitwise(seen, [*model.get_weights(), np.float64(kit.rate(model))])
+    used = fed[0][: 8 * steps] if steps else fed[0]
+    assert_exact(kit, model, recorder, range(START, 4), seen=used.astype("float64"))
+
+
 def test_a_stopped_run_with_a_shorter_bn_pass_stays_stopped(kit, two_replicas):
     model = build(kit, two_replicas)
     recorder, swa = kit.Recorder(), kit.SWA(START, bn_steps=1)
