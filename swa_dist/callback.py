@@ -186,7 +186,8 @@ class SWACallback(_Callback):
         For use while `fit` runs: in other callbacks, say. BN layers get the average of the
         statistics that they had at the snapshots; in the BN pass, the model has the average anyway.
         Within itself, and where `validate_average` has put the average there, it does nothing more.
-        What is written into the model meanwhile becomes the average.
+        What is written into float32 or float64 weights meanwhile becomes the average; what is
+        written into narrower ones and BN statistics is dropped.
 
         Raises:
             RuntimeError: `fit` is not running, or there is no snapshot yet.

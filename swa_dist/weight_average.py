@@ -169,8 +169,9 @@ class WeightAverage(tf.Module):
     def averaged_weights(self) -> Iterator[None]:
         """Have the average in the model while open; afterwards all is bitwise as it was.
 
-        Within itself it does nothing more. What is written into the model meanwhile becomes the
-        average: there is no third copy of either.
+        Within itself it does nothing more. What is written into float32 or float64 weights
+        meanwhile becomes the average: there is no third copy of either. What is written into
+        narrower ones is dropped.
 
         Raises:
             RuntimeError: There is no average yet.
