@@ -1,5 +1,6 @@
 """Measure whether SWA makes models better: ./scripts/evidence [--quick] [--output FOLDER]."""
 
+import hashlib
 import os
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,6 +11,7 @@ from scripts.bench import report
 from scripts.bench.evidence import findings, picture
 from scripts.bench.evidence.runs import Runs
 from scripts.bench.evidence.settings import FULL, QUICK, Case, Json, Settings
+from scripts.bench.isolated import ROOT
 
 COMMAND = "./scripts/evidence"
 PACKAGES = ("tensorflow", "tf_keras", "keras-swa")
@@ -90,8 +92,14 @@ def ask(settings: Settings, what: str, case: Case, seed: int, **more: object) ->
         "seed": seed,
         **more,
         "settings": settings.as_json(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in PACKAGES} | {"swa_dist": _sources()},
     }
+
+
+def _sources() -> str:
+    """Return a digest of the code that is measured: with another, all is measured anew."""
+    files = sorted((ROOT / "swa_dist").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 if __name__ == "__main__":
