@@ -32,8 +32,7 @@ class WeightAverage(tf.Module):
     For the first 32 updates a buffer holds the sum s_n = s_(n-1) + w_n, and the average is s_n / n;
     from then on, and after a swap, it is the average, a_n = (a_(n-1) - a_(n-1) / n) + w_n / n.
     Relative to the largest weight of its variable it is within 1e-6 of the float64 mean of some 100
-    updates, within 2e-6 of 500 and 2e-5 of 5,000, if the weights drift steadily; if they scatter,
-    converge or stand still, nearer.
+    updates, within 3e-6 of 500 and 2e-5 of 5,000, however the weights move.
 
     A `tf.train.Checkpoint` of it holds the buffers, and not the weights. To save or restore it
     while the average is in the model is an error; a checkpoint of the model alone then has the
