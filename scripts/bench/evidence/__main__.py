@@ -1,5 +1,6 @@
 """Measure whether SWA makes models better: ./scripts/evidence [--quick] [--output FOLDER]."""
 
+import functools
 import hashlib
 import os
 from dataclasses import asdict
@@ -96,6 +97,7 @@ def ask(settings: Settings, what: str, case: Case, seed: int, **more: object) ->
     }
 
 
+@functools.cache
 def _sources() -> str:
     """Return a digest of the code that is measured: with another, all is measured anew."""
     files = sorted((ROOT / "swa_dist").glob("*.py"))
