@@ -1,7 +1,7 @@
 """What data is made of: how large its batches are, and how replicas get their shares of them."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -30,8 +30,7 @@ def infer_batch_size(data: Any, batch_size: int | None = None) -> int | None:
     dataset with fewer rows than one batch does not tell.
 
     Args:
-        data: What `fit` takes as `x`, targets and weights included: a tuple is `(x, y)` or
-            `(x, y, sample_weight)`, a list or dict holds several inputs.
+        data: What `fit` takes as `x`, targets and weights included. See `update_bn`.
         batch_size: Rows in a batch, an integer >= 1, for arrays only: other data has batches.
 
     Returns:
@@ -131,7 +130,8 @@ def distributed_inputs(
     batches: Iterable[Any]
     if _are_arrays(data):
         size = infer_batch_size(data, batch_size) or 1  # without rows there are no batches
-        inputs = inputs_of(data)
+        # Here a list is what it is as `x` of `fit`: several inputs.
+        inputs = data if isinstance(data, list) else inputs_of(data)
         # `tf.data` takes a list for one tensor: the structure goes round it.
         dataset = tf.data.Dataset.from_tensor_slices(tuple(tf.nest.flatten(inputs)))
         shares, length = _distribute(dataset.batch(size), strategy, steps)
@@ -151,19 +151,22 @@ def distributed_inputs(
     return (_shares(inputs_of(batch), strategy) for batch in limited), length
 
 
-def inputs_of(element: Any) -> Any:
-    """Return a model's inputs from what `fit` would be given: Keras's rule for tuples.
+def inputs_of(batch: Any) -> Any:
+    """Return a model's inputs from a batch, as both Kerases do in a model's `train_step`.
+
+    A list is the same as a tuple there: a `DataLoader` of PyTorch gives `[x, y]`.
 
     Raises:
-        ValueError: It is a tuple, but not `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
+        ValueError: It is a tuple or list, but not `(x,)`, `(x, y)` or `(x, y, sample_weight)`.
     """
-    if not isinstance(element, tuple):
-        return element
-    if 1 <= len(element) <= 3:
-        return element[0]
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    if 1 <= len(batch) <= 3:
+        return batch[0]
+    kind = "list" if isinstance(batch, list) else "tuple"
     raise ValueError(
-        "A tuple of data must be (x,), (x, y) or (x, y, sample_weight). Received: a tuple of "
-        f"{len(element)}. Put several inputs into a list or dict."
+        f"A {kind} of data must be (x,), (x, y) or (x, y, sample_weight). Received: a {kind} of "
+        f"{len(batch)}. Put several inputs into a list or dict, in place of x."
     )
 
 
@@ -190,6 +193,9 @@ def _check_has_batches(data: Any, batch_size: int | None) -> None:
 
 
 def _are_arrays(data: Any) -> bool:
+    # `tf.nest` would go through a deque, or any other sequence of batches, too.
+    if not isinstance(data, (tuple, list, Mapping)) and not hasattr(data, "shape"):
+        return False
     leaves = [leaf for leaf in tf.nest.flatten(data) if leaf is not None]  # (x, None): no targets
     return bool(leaves) and all(len(getattr(leaf, "shape", ())) for leaf in leaves)
 
@@ -290,8 +296,8 @@ def _shares(inputs: Any, strategy: tf.distribute.Strategy) -> Any:
         return inputs
     if not any(len(getattr(leaf, "shape", ())) for leaf in leaves):
         raise ValueError(
-            "A batch in `data` must be an array, or a list or dict of arrays, with rows. Received: "
-            f"{inputs!r}."
+            "The inputs in a batch of `data` must be an array, or a list or dict of arrays, with "
+            f"rows. Received: {inputs!r}."
         )
     inputs = tf.nest.map_structure(_tensor, inputs)
     if strategy.num_replicas_in_sync == 1:
@@ -300,11 +306,16 @@ def _shares(inputs: Any, strategy: tf.distribute.Strategy) -> Any:
     share = -(-int(rows(inputs)) // replicas)
 
     def split(start: int) -> Any:
-        return tf.nest.map_structure(lambda tensor: tensor[start : start + share], inputs)
+        return tf.nest.map_structure(
+            lambda leaf: None if leaf is None else leaf[start : start + share], inputs
+        )
 
     shares = iter([split(replica * share) for replica in range(replicas)])
     return strategy.experimental_distribute_values_from_function(lambda context: next(shares))
 
 
 def _tensor(leaf: Any) -> Any:
-    return leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf)
+    if leaf is None or tf.is_tensor(leaf):  # None: an optional input that is not there
+        return leaf
+    # PyTorch's tensors may be on a GPU, from which NumPy and TensorFlow do not fetch them.
+    return tf.convert_to_tensor(leaf.cpu() if hasattr(leaf, "cpu") else leaf)

@@ -1,6 +1,7 @@
 """How large a batch is, for each kind of data, and that looking takes nothing away."""
 
 import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -220,9 +221,16 @@ def test_an_iterator_is_not_touched(make):
     assert len(list(data)) == 3
 
 
-def test_another_iterable_is_not_begun():
-    class Batches:
+@pytest.mark.parametrize("base", [Iterable, Sequence])
+def test_another_iterable_is_not_begun(base):
+    class Batches(base):
         def __iter__(self):
+            raise AssertionError("it was")
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
             raise AssertionError("it was")
 
     assert infer_batch_size(Batches()) is None
@@ -234,6 +242,7 @@ def test_a_peekable_tells_and_gives_back():
     assert [len(x) for x, _ in data] == [8, 7, 6]
     assert infer_batch_size(data) is None
     assert list(data) == []
+    assert infer_batch_size(peekable([[X[:8], Y[:8]]])) == 8
 
 
 def test_a_peekable_takes_one_element_at_most_and_only_when_asked():

@@ -1,7 +1,10 @@
 """One pass over data gives the statistics of that data, whatever it is and however it is cut."""
 
+import collections
+import functools
 import itertools
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -115,7 +118,10 @@ def of_function(strategy, parts):
 FEEDS = {
     "arrays": lambda kit, strategy, parts: (parts, {"batch_size": BATCH}),
     "dataset": lambda kit, strategy, parts: (dataset(parts), {}),
-    "mapped dataset": lambda kit, strategy, parts: (dataset(parts).map(lambda *p: p), {}),
+    "mapped dataset": lambda kit, strategy, parts: (
+        dataset(parts).map(lambda *p: list(p)),  # which `tf.data` makes a tuple
+        {},
+    ),
     "endless dataset": lambda kit, strategy, parts: (dataset(parts).repeat(), {"steps": 5}),
     "dataset of a generator": lambda kit, strategy, parts: (of_generator(parts), {}),
     "distributed dataset": lambda kit, strategy, parts: (
@@ -127,6 +133,7 @@ FEEDS = {
     "generator": lambda kit, strategy, parts: (batches(parts), {}),
     "endless generator": lambda kit, strategy, parts: (batches(parts, True), {"steps": 5}),
     "peekable": lambda kit, strategy, parts: (peekable(batches(parts)), {}),
+    "deque": lambda kit, strategy, parts: (collections.deque(batches(parts)), {}),
     "iterator": lambda kit, strategy, parts: (iter(dataset(parts)), {}),
     "distributed iterator": lambda kit, strategy, parts: (
         iter(strategy.experimental_distribute_dataset(dataset(parts))),
@@ -236,12 +243,145 @@ def test_several_inputs(kit, two_replicas, structure):
     def fed(x, y):
         return [x, y] if structure == "list" else {"b": x, "a": y}
 
-    parts = [fed(X[i : i + BATCH], Y[i : i + BATCH]) for i in range(0, 38, BATCH)]
-    for data in ((fed(X, Y), WEIGHTS), iter(parts)):
+    parts = [(fed(X[i : i + BATCH], Y[i : i + BATCH]),) for i in range(0, 38, BATCH)]
+    for data in (fed(X, Y), iter(parts)):
         shift(kit, model)
         assert update_bn(model, data) == 38
         for norm, seen in zip(norms, (X, Y), strict=True):
             assert_statistics(kit, norm, rows(seen))
+
+
+class Loader:
+    """Stands in for a `DataLoader` of PyTorch, with tensors on a GPU."""
+
+    class Tensor:
+        def __init__(self, array):
+            self._array, self.shape, self.dtype = array, array.shape, array.dtype
+
+        def cpu(self):
+            return self._array
+
+    def __init__(self, batches):
+        self.dataset, self.batch_size = range(38), 20
+        self._batches = [tf.nest.map_structure(self.Tensor, batch) for batch in batches]
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __iter__(self):
+        return iter(self._batches)
+
+
+Loader.__name__, Loader.__module__ = "DataLoader", "torch.utils.data.dataloader"
+
+
+def items(kit, batches):
+    class Items(kit.keras.utils.Sequence):
+        def __len__(self):
+            return len(batches)
+
+        def __getitem__(self, i):
+            return batches[i]
+
+    return Items()
+
+
+KINDS = {
+    "sequence": items,
+    "generator": lambda kit, batches: (batch for batch in batches),
+    "loader": lambda kit, batches: Loader(batches),
+}
+
+# What the inputs are made of, and what the batch is.
+BATCHES_OF = {
+    "(x, y)": (lambda x, z: x, lambda x, y, w: (x, y)),
+    "[x]": (lambda x, z: x, lambda x, y, w: [x]),
+    "[x, y]": (lambda x, z: x, lambda x, y, w: [x, y]),
+    "[x, y, w]": (lambda x, z: x, lambda x, y, w: [x, y, w]),
+    "[(x, z), y]": (lambda x, z: (x, z), lambda x, y, w: [x, y]),
+    "([x, z], y)": (lambda x, z: [x, z], lambda x, y, w: (x, y)),
+    "[{x, z}, y]": (lambda x, z: {"x": x, "z": z}, lambda x, y, w: [x, y]),
+}
+
+
+def fit_refuses(kit, kind, batch):
+    # Seen with Keras 3.15.1 and tf_keras 2.21. `update_bn` has no reason to.
+    if kit.name == "tf_keras":
+        return kind == "loader"
+    return batch == "([x, z], y)" or (kind == "generator" and batch.startswith("["))
+
+
+@pytest.mark.parametrize("batch", BATCHES_OF)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_is_what_it_is_to_fit(kit, kind, batch, monkeypatch):
+    torch = types.ModuleType("torch")
+    torch.utils = types.SimpleNamespace(data=types.SimpleNamespace(DataLoader=Loader))
+    monkeypatch.setitem(sys.modules, "torch", torch)  # where Keras 3 looks for a loader's class
+
+    structure, make = BATCHES_OF[batch]
+    layers = kit.keras.layers
+    nodes = structure(layers.Input((3,), name="x"), layers.Input((2,), name="z"))
+    seen = tf.nest.flatten(structure(X, X[:, 1:]))
+    taps, norms = [kit.Tap() for _ in seen], [layers.BatchNormalization() for _ in seen]
+    parts = zip(norms, taps, tf.nest.flatten(nodes), strict=True)
+    outputs = layers.Concatenate()([norm(tap(node)) for norm, tap, node in parts])
+    # A loss that needs no targets.
+    model = kit.keras.Model(nodes, layers.Dense(1, activity_regularizer="l2")(outputs))
+
+    def data():
+        cuts = [slice(0, 20), slice(20, 38)]
+        parts = [(structure(X[i], X[i, 1:]), Y[i], WEIGHTS[i]) for i in cuts]
+        return KINDS[kind](kit, [make(*part) for part in parts])
+
+    def record(run):
+        for tap in taps:
+            tap.on, tap.seen = True, []
+        run()
+        return [np.concatenate(tap.seen) for tap in taps]
+
+    shift(kit, model)
+    assert_bitwise(record(lambda: update_bn(model, data())), seen)
+    for norm, inputs in zip(norms, seen, strict=True):
+        assert_statistics(kit, norm, rows(inputs))
+    if not fit_refuses(kit, kind, batch):
+        model.compile("sgd", run_eagerly=True)
+        fit = functools.partial(model.fit, shuffle=False, steps_per_epoch=2, verbose=0)
+        assert_bitwise(record(lambda: fit(data())), seen)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [(), [], (X, Y, WEIGHTS, X), [X, Y, WEIGHTS, X]],
+    ids=["()", "[]", "(x, y, w, x)", "[x, y, w, x]"],
+)
+def test_a_batch_of_another_length_is_refused_and_changes_nothing(kit, batch):
+    model = build(kit)
+    shift(kit, model)
+    before = copies(kit, model)
+    kind = type(batch).__name__
+    with pytest.raises(ValueError, match=f"A {kind} of data must be .* a {kind} of {len(batch)}"):
+        update_bn(model, iter([X, batch]))
+    assert_bitwise(copies(kit, model), before)
+
+
+def test_an_optional_input_may_be_missing(kit, two_replicas):
+    class Model(kit.keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.norm = kit.keras.layers.BatchNormalization()
+
+        def call(self, inputs, training=None):
+            x, z = inputs
+            return self.norm(x if z is None else 1 / z, training=training)
+
+    with two_replicas.scope():
+        model = Model()
+        model((X, None))
+    pairs = tf.data.Dataset.from_tensors(((X, None), Y))
+    for data in (([X, None], Y), iter([[(X, None), Y]]), pairs):
+        shift(kit, model)
+        assert update_bn(model, data) == 38
+        assert_statistics(kit, model.norm, rows(X))
 
 
 def test_text(kit):
@@ -493,7 +633,7 @@ def test_data_without_end_needs_steps(kit, two_replicas, data):
         ({"data": dataset((X,)), "batch_size": 8}, r"`batch_size` is for arrays"),
         ({"data": (X, Y[1:])}, r"equally many rows. Received: \[38, 37\]"),
         ({"data": (X, Y, WEIGHTS, X)}, r"Received: a tuple of 4. Put several inputs into"),
-        ({"data": tf.data.Dataset.range(3)}, r"A batch in `data` must be an array, .*tf.Tensor"),
+        ({"data": tf.data.Dataset.range(3)}, r"The inputs in a batch .* an array, .*tf.Tensor"),
     ],
     ids=str,
 )
