@@ -7,7 +7,6 @@ imported before one of them is asked for.
 
 import os
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ __all__ = [
     "update_bn",
 ]
 
-__version__ = version("swa-dist")
+__version__ = "0.1.0"
 
 _HOMES = {
     "WeightAverage": "weight_average",

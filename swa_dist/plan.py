@@ -4,7 +4,7 @@ The two ways of counting epochs meet here and nowhere else: arguments and messag
 as people do; `epoch` in a method is Keras's, counted from 0.
 """
 
-import itertools
+import bisect
 import math
 import numbers
 import os
@@ -57,7 +57,7 @@ class Arguments:
             _refuse(self, "swa_freq", "an integer >= 1")
         if self.batch_size is not None and not _is_integer(self.batch_size, at_least=1):
             _refuse(self, "batch_size", "None or an integer >= 1: the global batch size")
-        if not _is_integer(self.verbose, at_least=0) or self.verbose > 1:
+        if not isinstance(self.verbose, numbers.Integral) or self.verbose not in (0, 1):
             _refuse(self, "verbose", "0 or 1")
         if self.backup_dir is not None and not (
             isinstance(self.backup_dir, str | os.PathLike)
@@ -70,27 +70,26 @@ class Arguments:
         if self.bn_steps is not None and not _is_integer(self.bn_steps, at_least=1):
             _refuse(self, "bn_steps", "None or an integer >= 1: batches of the BN pass")
 
-        if self.lr_schedule == "manual" and self.swa_lr != "auto":
-            _refuse(
-                self,
-                "swa_lr",
-                "left out with lr_schedule='manual', which leaves the learning rate alone; "
-                "choose 'constant' or 'cyclic' to have it used",
-            )
-        if self.lr_schedule != "cyclic" and self.swa_lr2 != "auto":
-            _refuse(
-                self,
-                "swa_lr2",
-                f"left out with lr_schedule={self.lr_schedule!r}: only 'cyclic' has an upper rate",
-            )
         if self.lr_schedule == "cyclic" and self.swa_freq == 1:
             _refuse(
                 self,
                 "swa_freq",
                 "an integer >= 2 with lr_schedule='cyclic': it is the length of a cycle in epochs",
             )
-        if not isinstance(self.swa_lr, str) and not isinstance(self.swa_lr2, str):
-            _check_order(self.swa_lr, self.swa_lr2)
+        if self.lr_schedule == "cyclic" and "auto" not in (self.swa_lr, self.swa_lr2):
+            _check_order(float(self.swa_lr), float(self.swa_lr2))
+
+    @property
+    def without_effect(self) -> list[str]:
+        """What to tell people of arguments that `lr_schedule` does not use."""
+        unused = {"manual": ("swa_lr", "swa_lr2"), "constant": ("swa_lr2",), "cyclic": ()}
+        use = {"swa_lr": "'constant' or 'cyclic'", "swa_lr2": "'cyclic'"}
+        return [
+            f"`{name}` has no effect with lr_schedule={self.lr_schedule!r}. Received: {name}="
+            f"{getattr(self, name)!r}. Leave it out, or choose lr_schedule={use[name]}."
+            for name in unused[self.lr_schedule]
+            if getattr(self, name) != "auto"
+        ]
 
     def plan(
         self,
@@ -240,13 +239,24 @@ class Plan:
         into = epoch + 1 - self.start_epoch + 1
         return into > 0 and into % self.swa_freq == 0 and not self.is_bn_pass(epoch)
 
-    def snapshots(self, first: int, end: int) -> list[int]:
+    def snapshots(self, first: int, end: int) -> range:
         """Return the epochs from `first` on, and before `end`, that end with a snapshot."""
-        return [epoch for epoch in range(first, end) if self.is_snapshot(epoch)]
+        earliest = self.first_snapshot - 1
+        if first > earliest:
+            earliest += -(-(first - earliest) // self.swa_freq) * self.swa_freq
+        return range(earliest, min(end, self.epochs - self.has_bn), self.swa_freq)
 
     def is_bn_pass(self, epoch: int) -> bool:
         """Whether this epoch recomputes batch normalization statistics instead of training."""
         return self.has_bn and epoch + 1 == self.epochs
+
+    def needs_initial_rate(self, epoch: int) -> bool:
+        """Whether the learning rates from this epoch on depend on the one before training."""
+        schedule = self.arguments.lr_schedule
+        if schedule == "manual" or self.is_bn_pass(epoch):
+            return False
+        autos = self.arguments.swa_lr, self.arguments.swa_lr2 if schedule == "cyclic" else None
+        return "auto" in autos or self._kept(epoch) > 0
 
     def changes_within(self, epoch: int) -> bool:
         """Whether the learning rate is another one in every batch of this epoch."""
@@ -290,12 +300,13 @@ class Plan:
     def __str__(self) -> str:
         """Return a table of the phases of the run, and its snapshots."""
         table = [("epochs", "what happens", "learning rate")]
-        for (what, rate), phase in itertools.groupby(range(self.epochs), self._phase):
-            first, *_, last = [*phase] * 2
-            if rate == _FALLING:
-                ends = [_number(self.learning_rate(e)) for e in (first, last)]
-                rate = " to ".join(dict.fromkeys(ends))
-            table.append((_span(first + 1, last + 1), what, rate))
+        first = 0
+        while first < self.epochs:
+            # Found by bisection: `epochs` may be ten millions, where early stopping is to end it.
+            phase = self._phase(first)
+            end = bisect.bisect_right(range(self.epochs), phase, lo=first, key=self._phase)
+            table.append((_span(first + 1, end), *self._row(first, end - 1)))
+            first = end
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
 
@@ -305,31 +316,41 @@ class Plan:
             lines.append("?: depends on the optimizer's rate; give it as `learning_rate`")
         return "\n".join(lines)
 
-    def _phase(self, epoch: int) -> tuple[str, str]:
-        if self.is_bn_pass(epoch):
+    def _phase(self, epoch: int) -> tuple[bool, bool, int]:
+        """Return what is the same for the epochs of one line of the table, and rises with them."""
+        averages = epoch + 1 >= self.start_epoch
+        rate = 0
+        if self.arguments.lr_schedule != "manual" and not averages:
+            rate = 2 - math.ceil(self._kept(epoch)) - math.floor(self._kept(epoch))
+        return self.is_bn_pass(epoch), averages, rate
+
+    def _kept(self, epoch: int) -> float:
+        """Return how much of the initial rate is in that of an epoch: from 1 it falls to 0."""
+        return schedules.annealed(epoch + 1, self.start_epoch, initial_rate=1.0, swa_lr=0.0)
+
+    def _row(self, first: int, last: int) -> tuple[str, str]:
+        """Return what happens in the epochs of one phase, and at which learning rate."""
+        if self.is_bn_pass(first):
             return "BN pass of the average", "0"
-        what = "training and averaging" if epoch + 1 >= self.start_epoch else "training"
-        rate = self.learning_rate(epoch)
-        if rate is None:
+        what = "training and averaging" if first + 1 >= self.start_epoch else "training"
+        if self.learning_rate(first) is None:
             return what, "yours"
-        if self.changes_within(epoch):
-            ends = [_number(self.swa_lr2), _number(self.swa_lr)]
-            cycle = " to ".join(dict.fromkeys(ends))
+        if self.changes_within(first):
             batches = f" of {self.steps} batches" if self.steps else ""
+            cycle = _distinct(self.swa_lr2, self.swa_lr)
             return what, f"{cycle} in {self.swa_freq} epochs{batches}"
-        share = schedules.annealed(epoch + 1, self.start_epoch, initial_rate=1.0, swa_lr=0.0)
-        return what, _FALLING if 0 < share < 1 else _number(rate)
+        return what, _distinct(self.learning_rate(first), self.learning_rate(last))
 
 
-def listed(epochs: list[int]) -> str:
+def listed(epochs: range) -> str:
     """Return epochs, counted from 0, as people count them, and not too many of them."""
-    names = [str(epoch + 1) for epoch in epochs]
-    if len(names) > 4:
-        names[2:-1] = ["..."]
-    return ", ".join(names)
+    if len(epochs) > 4:
+        return f"{epochs[0] + 1}, {epochs[1] + 1}, ..., {epochs[-1] + 1}"
+    return ", ".join(str(epoch + 1) for epoch in epochs)
 
 
-_FALLING = "falling"
+def _distinct(first: float | None, last: float | None) -> str:
+    return " to ".join(dict.fromkeys([_number(first), _number(last)]))
 
 
 def _number(rate: float | None) -> str:

@@ -339,3 +339,43 @@ def test_the_callback_tells_its_plan(kit):
     told = kit.SWA(3, **arguments).plan(8, steps_per_epoch=3, learning_rate=0.5)
     assert told == Arguments(3, **arguments).plan(8, 3, 0.5, True)
     assert told == plan(3, 8, has_bn=True, initial_rate=0.5, steps=3, **arguments)
+
+
+@pytest.mark.parametrize("has_bn", [True, False])
+@pytest.mark.parametrize("start", [1, 2, 5, 0.5])
+@pytest.mark.parametrize("freq", [1, 2, 3])
+def test_snapshots_are_the_epochs_that_end_with_one(start, freq, has_bn):
+    p = Arguments(start, swa_freq=freq).plan(13, batch_norm=has_bn)
+    for first in range(14):
+        for end in range(14):
+            listed = [epoch for epoch in range(first, end) if p.is_snapshot(epoch)]
+            assert list(p.snapshots(first, end)) == listed
+
+
+@pytest.mark.parametrize("schedule", ["manual", "constant", "cyclic"])
+def test_a_plan_costs_no_more_for_ten_million_epochs(schedule):
+    """`fit(epochs=10**7)` with early stopping is an idiom: nothing is listed over all epochs."""
+
+    class Counted(Plan):
+        asked = 0
+
+        def learning_rate(self, epoch, batch=0):
+            Counted.asked += 1
+            return super().learning_rate(epoch, batch)
+
+        def is_snapshot(self, epoch):
+            Counted.asked += 1
+            return super().is_snapshot(epoch)
+
+        def _phase(self, epoch):
+            Counted.asked += 1
+            return super()._phase(epoch)
+
+    for start in (2, 0.75, 10**7 - 2):
+        Counted.asked = 0
+        p = Counted(Arguments(start, schedule, swa_freq=2), 10**7, True, 0.1)
+        lines = str(p).splitlines()
+        p.check_first_epoch(10**6 if start != 2 else 5)
+        assert len(p.snapshots(0, 10**7)) == (10**7 - p.start_epoch) // 2
+        assert Counted.asked < 1000
+        assert lines[-2].split()[0] == "10000000"
