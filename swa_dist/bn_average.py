@@ -50,6 +50,11 @@ class BatchNormAverage(tf.Module):
         self._put_back = ReplicaFunction(self._put_back_replica, strategy)
 
     @property
+    def variables(self) -> list[tf.Variable]:
+        """The layers' statistics."""
+        return [v for layer in self._layers for v in layer.variables]
+
+    @property
     def layout(self) -> dict[str, str]:
         """What each layer is, in words: averages of other layers cannot be taken up."""
         return {

@@ -1,24 +1,26 @@
 """The BN pass: an epoch of the user's own training step in which only BN statistics change."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import tensorflow as tf
 
 from swa_dist.bn_layer import BatchNormLayer
 from swa_dist.bn_statistics import BatchNormStatistics
-from swa_dist.train_function import Shadow, TrainFunction, before_training, shadowed
+from swa_dist.replicas import local_variable
+from swa_dist.train_function import Shadow, TrainFunction, before_training, shadowed, writing
+from swa_dist.weight_average import WeightAverage
 
 
-class LearningRate(Protocol):
-    """What the pass must know of an optimizer's learning rate."""
+class LearningRates(Protocol):
+    """What the pass must know of the learning rates of optimizers."""
 
-    def read(self) -> float | None:
-        """Return the present rate; None if there is none."""
+    def read(self) -> Mapping[str, float]:
+        """Return the present rates, by name."""
 
-    def write(self, rate: float) -> None:
-        """Set it, if it can be set."""
+    def write(self, rates: Mapping[str, float]) -> None:
+        """Set those that can be set."""
 
 
 @contextlib.contextmanager
@@ -64,8 +66,8 @@ class BatchNormPass(TrainFunction):
         model: A compiled Keras model.
         layers: The BN layers to observe.
         optimizers: Every optimizer that its training step may use.
-        learning_rate: The learning rate that is to read 0 during the pass.
-        set_weights: Gives the model the weights for which the statistics are to hold. It is called
+        learning_rates: The learning rates that are to read 0 during the pass.
+        average: The weights for which the statistics are to hold. They are given to the model again
             where others may have put other weights: callbacks that swap them at the beginning of
             an epoch, a training step that writes them by other means than an optimizer.
         untraced: Shadows under which everything runs as Python while the step is traced. A graph
@@ -80,43 +82,66 @@ class BatchNormPass(TrainFunction):
         model: Any,
         layers: Sequence[BatchNormLayer],
         optimizers: Sequence[Any],
-        learning_rate: LearningRate,
-        set_weights: Callable[[], None],
+        learning_rates: LearningRates,
+        average: WeightAverage,
         untraced: Sequence[Shadow] = (),
     ) -> None:
-        self._learning_rate = learning_rate
-        self._set_weights = set_weights
-        self._statistics = BatchNormStatistics(layers, model.distribute_strategy)
-        self._rate: float | None = None
+        self._learning_rates = learning_rates
+        self._average = average
+        self._strategy = model.distribute_strategy
+        self._statistics = BatchNormStatistics(layers, self._strategy)
+        self._rates: dict[str, float] = {}
         self._taken_over = contextlib.ExitStack()
         self._running = self._stepped = self._settled = False
+        self._strayed = False
+        with self._strategy.scope():
+            self._wrote = local_variable(tf.constant(False))
         self.delivered = False
         self.unobserved: list[Any] = []
         shadows = [
             *(shadow for optimizer in optimizers for shadow in _standing_still(optimizer)),
+            *writing(average.weights, self._note_write),
             *untraced,
         ]
         super().__init__(model, lambda: observing(self._statistics, layers, shadows))
 
+    @property
+    def in_force(self) -> bool:
+        """Whether the model has the average for the pass, or after it with its statistics."""
+        return self._running or self.delivered
+
+    @property
+    def moved_weights(self) -> bool:
+        """Whether weights were others than the average's at any time within a step, or after it.
+
+        What the step writes is looked at where it writes. What escapes that, an optimizer that SWA
+        does not know, say, has left its traces after the first execution, and at the end.
+        """
+        wrote = self._strategy.experimental_local_results(self._wrote)
+        return self._strayed or any(bool(value) for value in wrote)
+
     def begin(self) -> None:
-        """Take over the model's train function, and its learning rate."""
-        self._set_weights()
+        """Take over the model's train function, and its learning rates."""
+        self._average.copy_to_model()
         self._statistics.begin()
         # The statistics stay when it is undone: weights may have been loaded since.
         self._taken_over.enter_context(before_training(self._model, self._put_back))
         self._running = True
         self.install()
-        self._hold_learning_rate()
+        self._hold_learning_rates()
 
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step. Keras calls this."""
+        first = not self._stepped
         try:
-            if self._settled or not self._stepped:
+            if self._settled or first:
                 self._settled = False
-                self._set_weights()
-                self._hold_learning_rate()
+                self._average.copy_to_model()
+                self._hold_learning_rates()
             result = super().__call__(iterator)
             self._stepped = True
+            if first:
+                self._look_for_other_weights()
         except (StopIteration, tf.errors.OutOfRangeError):
             self.settle()
             raise  # the way in which Keras learns that the data is at its end
@@ -133,12 +158,13 @@ class BatchNormPass(TrainFunction):
         if not self._running or self._settled:
             return
         try:
+            self._look_for_other_weights()
             self._statistics.pool()
-            self._set_weights()
+            self._average.copy_to_model()
         except BaseException:
             self._fail()
             raise
-        self._release_learning_rate()
+        self._release_learning_rates()
         self._settled = True
 
     def finish(self) -> None:
@@ -158,17 +184,28 @@ class BatchNormPass(TrainFunction):
         """Give the BN layers the statistics of `finish` once more."""
         self._statistics.pool()
 
-    def _hold_learning_rate(self) -> None:
-        # What another callback has set for this epoch comes after the pass.
-        scheduled = self._learning_rate.read()
-        if scheduled and self._running:
-            self._rate = scheduled
-            self._learning_rate.write(0.0)
+    def _look_for_other_weights(self) -> None:
+        self._strayed = self._strayed or (self._stepped and not self._average.is_in_model)
 
-    def _release_learning_rate(self) -> None:
+    def _note_write(self, variable: tf.Variable, assign: Callable[[], Any]) -> Any:
+        """Write a weight, and note whether that changed it on this replica."""
+        before = tf.identity(variable)
+        result = assign()
+        changed = tf.reduce_any(tf.not_equal(before, tf.identity(variable)))
+        self._wrote.assign(tf.logical_or(self._wrote, changed))
+        return result
+
+    def _hold_learning_rates(self) -> None:
+        # What another callback has set for this epoch comes after the pass.
+        scheduled = {name: rate for name, rate in self._learning_rates.read().items() if rate}
+        if scheduled and self._running:
+            self._rates.update(scheduled)
+            self._learning_rates.write(dict.fromkeys(scheduled, 0.0))
+
+    def _release_learning_rates(self) -> None:
         # A rate that is not 0 was set since, by somebody who knew.
-        if self._rate is not None and self._learning_rate.read() == 0.0:
-            self._learning_rate.write(self._rate)
+        now = self._learning_rates.read()
+        self._learning_rates.write({n: r for n, r in self._rates.items() if now.get(n) == 0.0})
 
     def _fail(self) -> None:
         try:
@@ -180,12 +217,12 @@ class BatchNormPass(TrainFunction):
         self._running = False
         self._taken_over.close()
         self.uninstall()
-        self._release_learning_rate()
+        self._release_learning_rates()
 
 
 def _standing_still(optimizer: Any) -> list[Shadow]:
     def do_nothing(*args: Any, **kwargs: Any) -> Any:
-        return optimizer.iterations
+        return getattr(optimizer, "iterations", None)  # those of TensorFlow 1 have none
 
     return [
         (optimizer, name, do_nothing)

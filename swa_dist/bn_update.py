@@ -12,6 +12,7 @@ from swa_dist.data import distributed_inputs
 from swa_dist.flavour import Flavour
 from swa_dist.replicas import (
     ReplicaFunction,
+    check_eager,
     check_strategy,
     local_variable,
     read,
@@ -51,9 +52,11 @@ def update_bn(
     Args:
         model: A built model of Keras 3 or tf_keras, compiled or not.
         data: What `fit` takes as `x`: arrays, in a list or dict if the model has several inputs, a
-            `tf.data.Dataset`, a distributed dataset, a `PyDataset` or `Sequence`, a generator, an
-            iterator. A tuple, of arrays or in a batch, is `(x, y)` or `(x, y, sample_weight)`, of
-            which `x` is used. Items of a `PyDataset` are taken in order, without its workers.
+            `tf.data.Dataset`, a distributed dataset, a `PyDataset` or `Sequence`, a generator, or
+            another iterable of batches, such as a `DataLoader` of PyTorch. A tuple of arrays, and a
+            batch that is a tuple or list, is `(x,)`, `(x, y)` or `(x, y, sample_weight)`, of which
+            `x` is used. In a batch, several inputs are a tuple, list or dict in place of `x`. Items
+            of a `PyDataset` are taken in order, without its workers.
         batch_size: Rows in a global batch of arrays, an integer >= 1; 32 by default, as in `fit`.
             Other data has batches of its own.
         steps: The largest number of batches to take, an integer >= 1; None: all there are.
@@ -66,8 +69,9 @@ def update_bn(
     Raises:
         TypeError: `model` or `data` is no such thing.
         ValueError: An argument is out of range; `batch_size` was given with data that has batches;
-            the data has no rows, or no end and `steps` is None; the model is not built, or its
-            strategy's replicas have no statistics of their own.
+            the data has no rows, or no end and `steps` is None; a tuple or list has another length
+            than above; the model is not built, or its strategy's replicas have no statistics of
+            their own.
 
     Distribution:
         In cross-replica context, on every worker. `tf.data.Dataset` and arrays are sharded over
@@ -83,6 +87,7 @@ def update_bn(
         Izmailov et al., "Averaging Weights Leads to Wider Optima and Better Generalization", 2018,
         section 3.2, https://arxiv.org/abs/1803.05407; `torch.optim.swa_utils.update_bn`.
     """
+    check_eager()
     flavour = Flavour.of(model)
     if verbose not in (0, 1):
         raise ValueError(f"`verbose` must be 0 or 1. Received: verbose={verbose!r}.")

@@ -10,7 +10,8 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.bn_layer import BatchNormLayer
-from swa_dist.replicas import tensorflow_variable
+from swa_dist.optimizers import OptimizerLearningRate, StepOptimizers
+from swa_dist.replicas import is_trained, tensorflow_variable
 
 _IMPORTS = {"keras": "swa_dist.keras", "tf_keras": "swa_dist.tfkeras"}
 
@@ -37,7 +38,7 @@ class Flavour:
         self._optimizer_types: Any = (optimizers.Optimizer,)
         self._schedule_type: Any = optimizers.schedules.LearningRateSchedule
         if not self.is_keras_3:
-            self._optimizer_types += (optimizers.legacy.Optimizer,)
+            self._optimizer_types += (optimizers.legacy.Optimizer, tf.compat.v1.train.Optimizer)
 
     @classmethod
     def of(cls, model: Any) -> "Flavour":
@@ -93,26 +94,38 @@ class Flavour:
             )
 
     def weight_names(self, model: Any) -> list[str]:
-        """Return the names of a model's trainable variables, with those of their layers."""
-        return [getattr(v, "path", v.name) for v in model.trainable_variables]
+        """Return the names of the weights that are averaged, with those of their layers."""
+        variables = model.trainable_variables
+        return [getattr(v, "path", v.name) for v in variables if is_trained(v)]
 
     def untraced(self, model: Any) -> list[tuple[Any, str, Any]]:
-        """Return shadows under which what a class has made a `tf.function` runs as Python."""
+        """Return shadows under which each method that is a `tf.function` runs as Python."""
         methods = [(layer, "call") for layer in _flatten_layers(model)] + [(model, "train_step")]
         shadows = []
         for owner, name in methods:
-            method = inspect.getattr_static(type(owner), name)
-            if hasattr(method, "python_function"):
-                shadows.append((owner, name, MethodType(method.python_function, owner)))
+            if name in vars(owner):  # `layer.call = tf.function(layer.call)`: it is bound already
+                python = getattr(vars(owner)[name], "python_function", None)
+            else:
+                function = inspect.getattr_static(type(owner), name)
+                python = getattr(function, "python_function", None)
+                python = python and MethodType(python, owner)
+            if python:
+                shadows.append((owner, name, python))
         return shadows
 
     def live_batch_norm(self, model: Any) -> list[BatchNormLayer]:
         """Return the BN layers that training would update, nested and wrapped ones included."""
-        return [
-            self._batch_norm_layer(layer)
-            for layer in _flatten_layers(model)
-            if isinstance(layer, self._batch_norm_base) and layer.built and layer.trainable
-        ]
+        layers = self._trainable_batch_norm(model)
+        return [self._batch_norm_layer(layer) for layer in layers if layer.built]
+
+    def has_batch_norm(self, model: Any) -> bool:
+        """Return whether a model has BN layers that training updates, or would once it is built."""
+        return any(layer.built or not model.built for layer in self._trainable_batch_norm(model))
+
+    def _trainable_batch_norm(self, model: Any) -> Iterator[Any]:
+        for layer in _flatten_layers(model):
+            if isinstance(layer, self._batch_norm_base) and layer.trainable:
+                yield layer
 
     def last_batch(self, model: Any, first: int, named: int) -> int:
         """Return the last batch of an execution, which began with `first`.
@@ -121,15 +134,35 @@ class Flavour:
         """
         return max(named, first + model.steps_per_execution - 1) if self.is_keras_3 else named
 
-    def optimizers(self, model: Any) -> list[Any]:
-        """Return every optimizer that a model, or a model in it, was compiled with or holds."""
-        found: dict[int, Any] = {}
+    def optimizers(self, model: Any) -> dict[str, Any]:
+        """Return every optimizer that a model, or a model in it, was compiled with or holds.
+
+        Each has the name of its attribute, after the name of a model within the model.
+        """
+        found: dict[int, tuple[str, Any]] = {}
         for layer in _flatten_layers(model):
             if isinstance(layer, self._module.Model):
-                for value in _flatten(vars(layer).values()):
-                    if isinstance(value, self._optimizer_types):
-                        found[id(value)] = value
-        return list(found.values())
+                prefix = "" if layer is model else f"{layer.name}."
+                # Names of people's own first: Keras has lists of what it tracks, too.
+                for name, value in sorted(_flatten(vars(layer)), key=lambda v: v[0][0] == "_"):
+                    # tf_keras compiles optimizers of TensorFlow 1 into a class without public name.
+                    compiled = name == "optimizer" and hasattr(value, "apply_gradients")
+                    if compiled or isinstance(value, self._optimizer_types):
+                        found.setdefault(id(value), (prefix + name, value))
+        named: dict[str, Any] = {}
+        for name, optimizer in found.values():  # models may have one name
+            named[name if name not in named else f"{name} ({len(named)})"] = optimizer
+        return named
+
+    def step_optimizers(self, model: Any) -> StepOptimizers:
+        """Return the optimizers that a model's training step may use."""
+        own = {"optimizer": getattr(model, "optimizer", None)}
+        step = getattr(model.train_step, "__func__", model.train_step)
+        is_kerass = getattr(step, "__module__", "").startswith(f"{self._module.__name__}.")
+        optimizers = own if is_kerass else self.optimizers(model) or own
+        return StepOptimizers(
+            {name: OptimizerLearningRate(o, self._schedule_type) for name, o in optimizers.items()}
+        )
 
     def updates(self, model: Any) -> int | None:
         """Return how often the model's optimizer has changed it.
@@ -143,10 +176,6 @@ class Flavour:
             return None
         iterations = getattr(optimizer, "iterations", None)
         return None if iterations is None else int(tf.convert_to_tensor(iterations))
-
-    def learning_rate(self, model: Any) -> "OptimizerLearningRate":
-        """Return the learning rate of the optimizer that a model was compiled with."""
-        return OptimizerLearningRate(getattr(model, "optimizer", None), self._schedule_type)
 
     def _batch_norm_layer(self, layer: Any) -> BatchNormLayer:
         renorm = None
@@ -169,50 +198,6 @@ class Flavour:
         )
 
 
-class OptimizerLearningRate:
-    """An optimizer's learning rate, whatever it is made of.
-
-    Args:
-        optimizer: A Keras optimizer, or None: a model may train without one of its own.
-        schedule_type: The class of this Keras's learning rate schedules.
-    """
-
-    def __init__(self, optimizer: Any, schedule_type: Any) -> None:
-        self._optimizer = optimizer
-        self._schedule_type = schedule_type
-        self.settable = self._is_settable()
-
-    def read(self) -> float | None:
-        """Return the present learning rate, or None if there is no such thing."""
-        try:
-            rate = self._optimizer.learning_rate
-        except AttributeError:  # no optimizer, or one made of several with a rate each
-            return None
-        if isinstance(rate, self._schedule_type):  # tf_keras's legacy optimizers hand it out
-            rate = rate(self._optimizer.iterations)
-        return float(tf.convert_to_tensor(rate).numpy())
-
-    def write(self, rate: float) -> None:
-        """Set the learning rate, if it is one that can be set."""
-        if self.settable:
-            self._optimizer.learning_rate = rate
-
-    def _is_settable(self) -> bool:
-        rate = self.read()
-        if rate is None:
-            return False
-        # tf_keras's legacy optimizers would let a function, or a schedule, be overwritten. (Private
-        # for want of a public name; checked with tf_keras 2.21.)
-        hyper = getattr(self._optimizer, "_hyper", None)
-        if hyper is not None:
-            return not callable(hyper["learning_rate"])
-        try:  # No public property of an optimizer tells.
-            self._optimizer.learning_rate = rate
-        except (TypeError, AttributeError):
-            return False
-        return True
-
-
 def is_sequence(data: Any) -> bool:
     """Return whether data is a `PyDataset` or `Sequence` of a Keras that was imported."""
     return any(isinstance(data, module.utils.Sequence) for module in _imported())
@@ -230,11 +215,13 @@ def _flatten_layers(model: Any) -> Iterator[Any]:
     return model._flatten_layers()
 
 
-def _flatten(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, dict):
-            yield from _flatten(value.values())
-        elif isinstance(value, (list, tuple)):
-            yield from _flatten(value)
-        else:
-            yield value
+def _flatten(values: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is in nested dicts, lists and tuples, each with the path to it."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _flatten(value, f"{name}[{key!r}]" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for i, value in enumerate(values):
+            yield from _flatten(value, f"{name}[{i}]")
+    else:
+        yield name, values

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import tensorflow as tf
+
 from swa_dist.bn_average import BatchNormAverage
 from swa_dist.bn_layer import BatchNormLayer
 from swa_dist.weight_average import WeightAverage
@@ -39,14 +41,15 @@ class ModelAverage:
         return {**self.weights.layout, **self._statistics.layout}
 
     @property
-    def is_in_model(self) -> bool:
-        """Whether the weights are bitwise the average, on this worker's first replica."""
+    def variables(self) -> list[tf.Variable]:
+        """The model's variables that `swap_in` and `copy_to_model` write."""
+        return [*self.weights.weights, *self._statistics.variables]
+
+    def fingerprint(self) -> list[bytes]:
+        """Return a hash of each of `variables`, on this worker's first replica."""
         local = self._model.distribute_strategy.experimental_local_results
-        weights = [local(v)[0].numpy() for v in self.weights.weights]
-        return all(
-            (average == weight).all()
-            for average, weight in zip(self.weights.get_weights(), weights, strict=True)
-        )
+        values = (tf.reshape(local(v)[0], [1, -1]) for v in self.variables)
+        return [tf.fingerprint(value).numpy().tobytes() for value in values]
 
     def update(self) -> bool:
         """Take a snapshot; return whether it was finite. One that is not is left out."""

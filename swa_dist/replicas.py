@@ -6,6 +6,20 @@ from typing import Any
 import tensorflow as tf
 
 
+def check_eager() -> None:
+    """Refuse the graph mode of TensorFlow 1.
+
+    Raises:
+        RuntimeError: Eager execution was disabled.
+    """
+    if not tf.compat.v1.executing_eagerly_outside_functions():
+        raise RuntimeError(
+            "swa_dist needs eager execution, TensorFlow 2's default. Received: a program that has "
+            "disabled it. Remove `tf.compat.v1.disable_eager_execution()` or "
+            "`tf.compat.v1.disable_v2_behavior()`; `fit` compiles the training step all the same."
+        )
+
+
 def check_strategy(strategy: tf.distribute.Strategy, variables: Iterable[tf.Variable]) -> None:
     """Refuse a strategy whose replicas cannot average these variables, each its own copy.
 
@@ -40,22 +54,43 @@ def tensorflow_variable(variable: Any) -> tf.Variable:
     return variable if callable(value) else value
 
 
-def trainable_variables(model: Any) -> list[tf.Variable]:
-    """Return the TensorFlow variables that training a model changes.
+def is_trained(variable: Any) -> bool:
+    """Return whether a gradient can reach a variable, of either Keras: none reaches a counter."""
+    dtype = tf.as_dtype(variable.dtype)
+    return bool(dtype.is_floating or dtype.is_complex)
 
-    Raises:
-        ValueError: There are none.
+
+def trainable_variables(model: Any) -> list[tf.Variable]:
+    """Return the TensorFlow variables that training a model changes, as far as it has any yet.
+
+    See `is_trained`.
     """
     try:
-        variables = [tensorflow_variable(v) for v in model.trainable_variables]
+        variables = model.trainable_variables
     except ValueError:  # tf_keras, of a Sequential that was never called
-        variables = []
+        return []
+    return [tensorflow_variable(v) for v in variables if is_trained(v)]
+
+
+def built_trainable_variables(model: Any) -> list[tf.Variable]:
+    """Return the variables of `trainable_variables`.
+
+    Raises:
+        ValueError: There are none, or one has no fixed shape.
+    """
+    variables = trainable_variables(model)
     if not variables:
         raise ValueError(
             "`model` must be built and have trainable weights before SWA can average them. "
             f"Received: the model {model.name!r}, built={model.built}, with none. Call it on a "
             "batch, or `build` it, before."
         )
+    for variable in variables:
+        if not variable.shape.is_fully_defined():
+            raise ValueError(
+                "`model` must have trainable weights of fixed shapes. Received: the weight "
+                f"{variable.name!r} of shape {variable.shape}."
+            )
     return variables
 
 

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -27,6 +28,23 @@ class Progress:
     not_finite: int = 0
     stopped: int = 0
     batch_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on with.
+
+    Attributes:
+        over: Epochs that were over when it was saved.
+        plan: Its plan, with what had been learned.
+        progress: How far it had come.
+        initial_rates: Learning rates before its first epoch, by the optimizers' names.
+    """
+
+    over: int
+    plan: Plan
+    progress: Progress
+    initial_rates: Mapping[str, float | None]
 
 
 class SavedRun:
@@ -71,9 +89,7 @@ class SavedRun:
         there = ", ".join(map(str, self._backup.epochs)) or "none"
         return f"{self._backup.folder!r}, which has it as it was after these epochs: {there}"
 
-    def resume(
-        self, epoch: int, plan: Plan, average: ModelAverage
-    ) -> tuple[int, Plan, Progress] | None:
+    def resume(self, epoch: int, plan: Plan, average: ModelAverage) -> Resumed | None:
         """Take up what was saved before an epoch.
 
         Args:
@@ -82,8 +98,7 @@ class SavedRun:
             average: Gets the average that was saved.
 
         Returns:
-            The number of epochs that were over when it was saved, the plan with what had been
-            learned, and the progress; None if there is nothing.
+            What there was; None if there is nothing.
 
         Raises:
             ValueError: What was saved is of another configuration.
@@ -106,17 +121,17 @@ class SavedRun:
             # The weights of a model that is further on than what was saved are the right ones.
             at_its_end = over == epoch and updates in (None, 0, record["updates"])
             self._backup.restore(over, self._buffers(average, self._with_weights and at_its_end))
-        learning_rate = self._flavour.learning_rate(self._model)
-        if record["rate"] and learning_rate.read() == 0.0:  # saved within the BN pass
-            learning_rate.write(record["rate"])
+        optimizers = self._flavour.step_optimizers(self._model)
+        stopped = [name for name, rate in optimizers.read().items() if rate == 0.0]
+        # Saved within the BN pass.
+        optimizers.write({name: record["rates"].get(name) or None for name in stopped})
         self._updates_per_epoch = record["updates_per_epoch"]
-        plan = replace(
-            plan, initial_rate=record["initial_rate"], steps=plan.steps or record["steps"]
-        )
+        plan = replace(plan, steps=plan.steps or record["steps"])
         if record["stopped"] and epoch < plan.epochs:
             # A BN pass that was over when the kill came is done once more.
             plan = plan.stopped_after(epoch - 1)
-        return over, plan, Progress(**{f.name: record[f.name] for f in fields(Progress)})
+        progress = Progress(**{f.name: record[f.name] for f in fields(Progress)})
+        return Resumed(over, plan, progress, record["initial_rates"])
 
     def is_at_end_of_epoch(self, epoch: int, over: int) -> bool:
         """Whether a model that was resumed is at the end of an epoch, for all that is known.
@@ -149,31 +164,40 @@ class SavedRun:
         if updates and self._updates_before is not None:
             self._updates_per_epoch = updates - self._updates_before or self._updates_per_epoch
 
-    def is_up_to_date(self, plan: Plan, progress: Progress) -> bool:
+    def is_up_to_date(
+        self, plan: Plan, progress: Progress, initial_rates: Mapping[str, float | None]
+    ) -> bool:
         """Whether there is nothing new to save."""
-        content = self._content(plan, progress)
+        content = self._content(plan, progress, initial_rates)
         if self._with_weights:  # which change with every update
             content["updates"] = self._flavour.updates(self._model)
         return bool(self._record) and content.items() <= self._record.items()
 
-    def save(self, epoch: int, plan: Plan, progress: Progress, average: ModelAverage) -> None:
+    def save(
+        self,
+        epoch: int,
+        plan: Plan,
+        progress: Progress,
+        initial_rates: Mapping[str, float | None],
+        average: ModelAverage,
+    ) -> None:
         """Save the end of an epoch. The model must have its trained weights.
 
         Args:
             epoch: Epochs that are over.
             plan: The run's plan, with what was learned of it.
             progress: How far it has come.
+            initial_rates: See `Resumed`.
             average: Its average.
 
         Raises:
             BackupError: See `Backup.save`.
         """
-        learning_rate = self._flavour.learning_rate(self._model)
         record = {
-            **self._content(plan, progress),
+            **self._content(plan, progress, initial_rates),
             "updates": self._flavour.updates(self._model),
             "updates_per_epoch": self._updates_per_epoch,
-            "rate": learning_rate.read() if learning_rate.settable else None,
+            "rates": self._flavour.step_optimizers(self._model).settable,
             "configuration": _configuration(plan),
             # Before the first snapshot it may change.
             "layout": average.layout if progress.n_averaged else {},
@@ -181,8 +205,10 @@ class SavedRun:
         self._backup.save(epoch, self._buffers(average, self._with_weights), record)
         self._record = record
 
-    def _content(self, plan: Plan, progress: Progress) -> dict[str, Any]:
-        return {**asdict(progress), "initial_rate": plan.initial_rate, "steps": plan.steps}
+    def _content(
+        self, plan: Plan, progress: Progress, initial_rates: Mapping[str, float | None]
+    ) -> dict[str, Any]:
+        return {**asdict(progress), "initial_rates": dict(initial_rates), "steps": plan.steps}
 
     def _buffers(self, average: ModelAverage, with_weights: bool) -> dict[str, Any]:
         if not with_weights:

@@ -1,11 +1,15 @@
 """Train functions of a model that run its own training step in changed surroundings."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import tensorflow as tf
+
 Shadow = tuple[Any, str, Any]
+_MISSING = object()
 
 # The second is tf_keras's, which shows it to TensorBoard.
 _NAMES = ("train_function", "train_tf_function")
@@ -68,18 +72,70 @@ def _train_functions(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def before_training(model: Any, undo: Callable[[], None]) -> Iterator[None]:
-    """Have `undo` called by whoever is about to train a model, while open; `undo` closes this.
+    """Have `undo` called when a model is about to train, while open; `undo` closes this.
 
     A `fit` that an exception has ended tells nobody. Both Kerases call `make_train_function` before
     anything else when a model is about to train.
     """
-
-    def make_train_function(*args: Any, **kwargs: Any) -> Any:
-        undo()
-        return model.make_train_function(*args, **kwargs)
-
-    with shadowed([(model, "make_train_function", make_train_function)]):
+    with shadowed([_preceded(model, "make_train_function", undo)]):
         yield
+
+
+@contextlib.contextmanager
+def before_writing(
+    model: Any, variables: Iterable[tf.Variable], undo: Callable[[], None]
+) -> Iterator[None]:
+    """Have `undo` called when a model's variables are about to be written; `undo` closes this.
+
+    Args:
+        model: The model.
+        variables: Those of its variables of which it is.
+        undo: What is to be done before.
+    """
+
+    def write(variable: tf.Variable, assign: Callable[[], Any]) -> Any:
+        # A graph that is being traced is not to hold what is done once. In replica context it
+        # cannot be done at all.
+        if tf.distribute.in_cross_replica_context() or not tf.distribute.has_strategy():
+            with tf.init_scope():
+                undo()
+        return assign()
+
+    # tf_keras restores a checkpoint past `assign`.
+    loading = [_preceded(model, name, undo) for name in ("set_weights", "load_weights")]
+    with shadowed([*loading, *writing(variables, write)]):
+        yield
+
+
+def writing(
+    variables: Iterable[tf.Variable], write: Callable[[tf.Variable, Callable[[], Any]], Any]
+) -> list[Shadow]:
+    """Return shadows under which `write(variable, assign)` is called in place of each `assign()`.
+
+    Args:
+        variables: TensorFlow variables.
+        write: Called with a variable and what was to be done to it.
+    """
+
+    def shadow(variable: tf.Variable, name: str) -> Shadow:
+        assign = getattr(variable, name)
+
+        @tf.autograph.experimental.do_not_convert
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            return write(variable, functools.partial(assign, *args, **kwargs))
+
+        return variable, name, instead
+
+    names = ("assign", "assign_add", "assign_sub")
+    return [shadow(variable, name) for variable in variables for name in names]
+
+
+def _preceded(model: Any, name: str, undo: Callable[[], None]) -> Shadow:
+    def method(*args: Any, **kwargs: Any) -> Any:
+        undo()
+        return getattr(model, name)(*args, **kwargs)
+
+    return model, name, method
 
 
 @contextlib.contextmanager
@@ -90,12 +146,16 @@ def shadowed(shadows: Iterable[Shadow]) -> Iterator[None]:
         shadows: (object, name, value) for each attribute that is to be another one. A value
             shadows what the object's class defines, and is not tracked by Keras.
     """
-    with contextlib.ExitStack() as stack:
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    try:
         for owner, name, value in shadows:
             attributes: dict[str, Any] = owner.__dict__  # past Keras's __setattr__, which tracks
-            if name in attributes:
-                stack.callback(attributes.__setitem__, name, attributes[name])
-            else:
-                stack.callback(attributes.pop, name)
+            before.append((attributes, name, attributes.get(name, _MISSING)))
             attributes[name] = value
         yield
+    finally:
+        for attributes, name, value in reversed(before):
+            if value is _MISSING:
+                attributes.pop(name, None)
+            else:
+                attributes[name] = value

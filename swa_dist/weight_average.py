@@ -10,10 +10,11 @@ import tensorflow as tf
 from swa_dist.replicas import (
     ReplicaFunction,
     Untracked,
+    built_trainable_variables,
+    check_eager,
     check_strategy,
     local_variable,
     read,
-    trainable_variables,
 )
 
 # Updates for which the buffers are sums. They take fewer streams of memory than a running mean, but
@@ -25,9 +26,9 @@ class WeightAverage(tf.Module):
     """Average of the trainable weights that a model had at each `update`, exact on every replica.
 
     It is what the `SWA` callback is built on, for training loops of your own. The buffers are
-    mirrored like the weights: one float32 (of float64 weights float64) for each. Every replica
-    reads and writes its own copies only; nothing is sent between replicas or to the host, and equal
-    weights keep the copies bitwise equal.
+    mirrored like the weights: one float32 for each, or one of a wider or complex weight's own
+    dtype. Every replica reads and writes its own copies only; nothing is sent between replicas or
+    to the host, and equal weights keep the copies bitwise equal.
 
     For the first 32 updates a buffer holds the sum s_n = s_(n-1) + w_n, and the average is s_n / n;
     from then on, and after a swap, it is the average, a_n = (a_(n-1) - a_(n-1) / n) + w_n / n.
@@ -40,7 +41,7 @@ class WeightAverage(tf.Module):
 
     Args:
         model: A built Keras model, of either Keras, compiled or not. Its trainable weights are
-            those of this moment.
+            those of this moment; integers, such as counters, are not averaged.
 
     Raises:
         ValueError: The model has no trainable weights, or its strategy has no replicas that step
@@ -66,7 +67,8 @@ class WeightAverage(tf.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self._strategy = strategy = model.distribute_strategy
-        variables = trainable_variables(model)
+        check_eager()
+        variables = built_trainable_variables(model)
         check_strategy(strategy, variables)
         self._weights = Untracked(variables)
         self._own_weights = _OwnWeights(strategy)
@@ -98,6 +100,21 @@ class WeightAverage(tf.Module):
     def swapped(self) -> bool:
         """Whether the average is in the model, and the weights in its place."""
         return not self._own_weights
+
+    @property
+    def is_in_model(self) -> bool:
+        """Whether the weights are bitwise the average, on this worker's first replica."""
+        if self.swapped:
+            return True
+        local, divisor = (
+            self._strategy.experimental_local_results,
+            read(self.divisor, self._strategy),
+        )
+        differs = [
+            tf.reduce_any(tf.cast(local(buffer)[0] / divisor, v.dtype) != local(v)[0])
+            for buffer, v in zip(self.buffers, self._weights, strict=True)
+        ]
+        return not tf.reduce_any(differs)
 
     @property
     def n_averaged(self) -> int:
@@ -188,6 +205,8 @@ class WeightAverage(tf.Module):
     def get_weights(self) -> list[np.ndarray]:
         """Return the average as NumPy arrays, in the order of `model.trainable_variables`.
 
+        Those that are not averaged, such as integers, are left out.
+
         Raises:
             RuntimeError: There is no average yet.
         """
@@ -203,8 +222,7 @@ class WeightAverage(tf.Module):
 
     def first_non_finite(self) -> int | None:
         """Return the position of the first weight that `update` does not take for finite."""
-        sums = (_sum(v) for v in self._weights)
-        return next((i for i, s in enumerate(sums) if not tf.math.is_finite(s)), None)
+        return next((i for i, v in enumerate(self._weights) if not _is_finite(v)), None)
 
     @property
     def layout(self) -> dict[str, str]:
@@ -226,7 +244,7 @@ class WeightAverage(tf.Module):
         for variable in self._weights:
             # One converted copy in memory at a time.
             with tf.control_dependencies(finite[-1:] if _is_narrow(variable) else []):
-                finite.append(tf.math.is_finite(_sum(variable)))
+                finite.append(_is_finite(variable))
         # On a TPU nothing comes of assertions.
         taken = tf.reduce_all([self._own_weights.flag, *finite])
         # After a swap the buffers hold means, and go on as such.
@@ -368,5 +386,8 @@ def _buffer_dtype(dtype: tf.DType) -> tf.DType:
     return dtype if dtype.size > tf.float32.size else tf.float32
 
 
-def _sum(variable: tf.Variable) -> tf.Tensor:
-    return tf.reduce_sum(tf.cast(variable, _buffer_dtype(variable.dtype)))
+def _is_finite(variable: tf.Variable) -> tf.Tensor:
+    total = tf.reduce_sum(tf.cast(variable, _buffer_dtype(variable.dtype)))
+    if total.dtype.is_complex:
+        return tf.math.is_finite(tf.math.real(total)) & tf.math.is_finite(tf.math.imag(total))
+    return tf.math.is_finite(total)

@@ -101,12 +101,16 @@ def _recorder(kit):
 
         def on_epoch_begin(self, epoch, logs=None):
             self.batch_rates.append([])
+            self.is_last, self.trained = epoch + 1 == self.params["epochs"], None
 
         def on_train_batch_end(self, batch, logs=None):
             self.batch_rates[-1].append(kit.rate(self.model))
+            if self.is_last:
+                self.trained = kit.trainable(self.model)
 
         def on_epoch_end(self, epoch, logs=None):
-            self.weights.append(kit.trainable(self.model))
+            # By the end of the last epoch the model may have the average already.
+            self.weights.append(self.trained if self.is_last else kit.trainable(self.model))
             self.rates.append(kit.rate(self.model))
             self.states.append(kit.optimizer_state(self.model.optimizer))
 
@@ -114,7 +118,8 @@ def _recorder(kit):
             """The float64 mean of the weights at the ends of epochs, counted from 1."""
             chosen = [self.weights[e - 1] for e in epochs]
             return [
-                np.mean([w.astype(np.float64) for w in ws], 0) for ws in zip(*chosen, strict=True)
+                np.mean([w.astype(np.result_type(w, np.float64)) for w in ws], 0)
+                for ws in zip(*chosen, strict=True)
             ]
 
     return Recorder

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import mirrored
+from tests.fits import at, build, data, norm_of
 from tests.kits import batched
 from tests.test_backup import KilledError, kill, spoil
-from tests.test_lifecycle import at, build, data, norm_of
 from tests.tolerances import assert_bitwise, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import mirrored
-from tests.kits import batched
-from tests.test_lifecycle import (
+from tests.fits import (
     NO_STRATEGY,
     Statistics,
     assert_exact,
@@ -17,6 +16,7 @@ from tests.test_lifecycle import (
     norm_of,
     stop,
 )
+from tests.kits import batched
 from tests.tolerances import assert_bitwise, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")

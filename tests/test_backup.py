@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ import tensorflow as tf
 
 from swa_dist.backup import Backup, BackupError
 from tests.conftest import mirrored
-from tests.kits import KITS
-from tests.test_lifecycle import NO_STRATEGY, at, build, data, stop
+from tests.fits import NO_STRATEGY, at, build, data, stop
+from tests.kits import KITS, batched
 from tests.test_weight_average import average_of, mirrored_variables
 from tests.tolerances import assert_bitwise, assert_weights
 
@@ -490,3 +491,49 @@ def test_a_run_resumed_before_its_first_snapshot_needs_no_state(kit, tmp_path):
     model, recorder, swa, _ = run(kit, tmp_path, swa=swa, restore=False, initial_epoch=4)
     assert swa.n_averaged == 1
     assert_weights(kit.trainable(model), recorder.mean(2))
+
+
+def test_without_a_backup_the_average_that_was_saved_for_the_weights_is_warned_of(kit, tmp_path):
+    """With `validate_average`, BackupAndRestore saves the average; only `backup_dir` the rest."""
+    arguments = {"validation_data": batched(*data()), "shuffle": False}
+
+    def swa():
+        return kit.SWA(START, validate_average=True)
+
+    run(kit, tmp_path, swa=swa(), after=[at(kit, 5, kill, "on_epoch_begin")], **arguments)
+    with pytest.warns(UserWarning, match=r"epoch 2, 3, 4 .*training then goes on from the average"):
+        run(kit, tmp_path, swa=swa(), **arguments)
+
+
+RATES = [
+    # schedule, arguments, first epoch, whether its rates depend on the initial one
+    ("manual", {}, 9, False),
+    ("constant", {}, 1, True),
+    ("constant", {"swa_lr": 0.01}, 8, True),
+    ("constant", {"swa_lr": 0.01}, 10, False),  # at `swa_lr` from here on
+    ("constant", {}, 10, True),  # whose "auto" is a share of it
+    ("cyclic", {"swa_freq": 2, "swa_lr": 0.01, "swa_lr2": 0.02}, 10, False),
+    ("cyclic", {"swa_freq": 2, "swa_lr": 0.01}, 10, True),
+]
+
+
+@pytest.mark.parametrize(("schedule", "arguments", "epoch", "depends"), RATES)
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "compiled_anew"])
+def test_a_schedule_that_cannot_know_its_initial_rate_says_so(
+    kit, schedule, arguments, epoch, depends, trained
+):
+    model = build(kit, norm=False)
+    if trained:
+        model.fit(batched(*data()), shuffle=False, verbose=0)
+    swa = kit.SWA(10, schedule, **arguments)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model.fit(
+            batched(*data()), shuffle=False, verbose=0, epochs=11, initial_epoch=epoch - 1,
+            callbacks=[swa],
+        )  # fmt: skip
+    told = [str(w.message) for w in seen if "compile the model with the initial rate" in str(w)]
+    assert bool(told) == (depends and trained and epoch > 1)
+    if told:
+        assert f"begins with epoch {epoch}: its learning rates are planned from" in told[0]
+        assert "0.05" in told[0]

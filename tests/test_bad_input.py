@@ -1,5 +1,7 @@
 """Arguments, models and runs that SWA cannot serve are refused before the first batch."""
 
+import copy
+import warnings
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -46,7 +48,10 @@ WRONG = {
     "swa_lr2": NO_RATES,
     "swa_freq": [None, "auto", 0.5, *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
     "batch_size": ["auto", 0.5, *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
-    "verbose": [None, "auto", -1, 2, np.int64(2), 0.0, *NO_NUMBERS, *NOT_FINITE, *NO_INTEGERS],
+    "verbose": [
+        *[None, "auto", -1, 2, np.int64(2), 0.0, *NOT_FINITE, *NO_INTEGERS],
+        *(value for value in NO_NUMBERS if type(value) is not bool),
+    ],
     "backup_dir": ["", b"folder", 0, 1.5, True, ["folder"], open],
 }
 
@@ -91,18 +96,6 @@ def test_a_tensor_is_not_taken_for_a_number(kit):
             "swa_freq", "an integer >= 2 with lr_schedule='cyclic'", f"swa_freq={np.int64(1)!r}",
         ),
         (
-            {"swa_lr": 0.01},
-            "swa_lr", "left out with lr_schedule='manual'", "swa_lr=0.01",
-        ),
-        (
-            {"swa_lr2": 0.1},
-            "swa_lr2", "left out with lr_schedule='manual'", "swa_lr2=0.1",
-        ),
-        (
-            {"lr_schedule": "constant", "swa_lr2": 1},
-            "swa_lr2", "left out with lr_schedule='constant'", "swa_lr2=1",
-        ),
-        (
             {"lr_schedule": "cyclic", "swa_freq": 2, "swa_lr": 0.1, "swa_lr2": 0.05},
             "swa_lr2", "at least `swa_lr`", "swa_lr2=0.05, swa_lr=0.1",
         ),
@@ -117,6 +110,33 @@ def test_arguments_that_contradict_each_other_are_refused(kit, arguments, argume
         kit.SWA(2, **arguments)
     assert rule in str(error.value)
     assert f"Received: {received}." in str(error.value)
+
+
+@both
+@pytest.mark.parametrize(
+    ("arguments", "ineffective"),
+    [
+        ((2, "manual", 0.01), ["swa_lr=0.01"]),
+        ((2, "manual", 0.01, 0.1), ["swa_lr=0.01", "swa_lr2=0.1"]),
+        ((2, "manual", "auto", 0.1), ["swa_lr2=0.1"]),
+        ((2, "constant", 0.01, 0.001), ["swa_lr2=0.001"]),  # below `swa_lr`, which is no matter
+        ((2, "manual", np.str_("auto"), np.str_("auto")), []),
+        ((2, "cyclic", 0.01, 0.1, 3), []),
+    ],
+)
+def test_a_rate_without_effect_is_warned_of_once(kit, arguments, ineffective):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        swa = kit.SWA(*arguments)
+        print(swa.plan(9, learning_rate=0.1))
+        copy.copy(swa)
+    assert len(seen) == len(ineffective)
+    for warning, received in zip(seen, ineffective, strict=True):
+        name, schedule = received.partition("=")[0], f"lr_schedule={arguments[1]!r}"
+        assert f"`{name}` has no effect with {schedule}. Received: {received}." in str(
+            warning.message
+        )
+        assert warning.filename == __file__
 
 
 @both
@@ -136,7 +156,7 @@ def test_start_epoch_is_required_and_unknown_arguments_are_not_swallowed(kit):
         *({"lr_schedule": v} for v in ["manual", "constant", np.str_("constant")]),
         *({"swa_freq": v} for v in [1, 2, 10**6, np.int16(2)]),
         *({"batch_size": v} for v in [None, 1, np.int64(256)]),
-        *({"verbose": v} for v in [0, 1, np.int64(1)]),
+        *({"verbose": v} for v in [0, 1, True, False, np.int64(1)]),
         *({"backup_dir": v} for v in [None, "folder", Path("folder"), np.str_("folder")]),
         *(
             {"lr_schedule": "constant", "swa_lr": v}
@@ -202,10 +222,6 @@ def frozen(kit):
 def without_weights(kit):
     layers = kit.keras.layers
     return compiled(kit, kit.keras.Sequential([layers.Input((3,)), layers.Activation("relu")]))
-
-
-def unbuilt_sequential(kit):
-    return compiled(kit, kit.keras.Sequential([kit.keras.layers.Dense(1)]))
 
 
 def unbuilt_subclass(kit):
@@ -279,14 +295,6 @@ CYCLIC = {"start_epoch": 2, "lr_schedule": "cyclic", "swa_freq": 2}
             "no weights": (
                 without_weights, {"start_epoch": 2}, {},
                 ["`model` must", "trainable weights", "with none"],
-            ),
-            "an unbuilt subclass": (
-                unbuilt_subclass, {"start_epoch": 2}, {},
-                ["`model` must be built", "built=False"],
-            ),
-            "an unbuilt Sequential": (
-                unbuilt_sequential, {"start_epoch": 2}, {},
-                ["`model` must be built", "built=False"],
             ),
         }.items()
     ],

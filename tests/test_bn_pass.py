@@ -7,18 +7,11 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import mirrored, with_renorm
+from tests.fits import NO_STRATEGY, data
 from tests.kits import KITS, batched, rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
-
-NO_STRATEGY = tf.distribute.get_strategy()
-
-
-def data(n=24, seed=0):
-    rng = np.random.default_rng(seed)
-    x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
-    return x, rng.normal(size=(n, 1)).astype("float32")
 
 
 def sgd(optimizers):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.fits import NO_STRATEGY, data
 from tests.kits import KITS, batched, rows
-from tests.test_bn_pass import NO_STRATEGY, data
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")

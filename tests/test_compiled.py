@@ -11,8 +11,8 @@ import swa_dist
 from swa_dist.batch_size import CountingTrainFunction
 from swa_dist.bn_average import BatchNormAverage
 from swa_dist.bn_statistics import BatchNormStatistics
+from tests.fits import NO_STRATEGY, assert_exact, build, data, fit
 from tests.test_batch_norm import layer
-from tests.test_lifecycle import NO_STRATEGY, assert_exact, build, data, fit
 from tests.test_weight_average import average_of, mirrored_variables
 from tests.tolerances import assert_weights
 

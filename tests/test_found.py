@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.kits import rows
-from tests.test_lifecycle import (
+from tests.fits import (
     RATE,
     Statistics,
     assert_exact,
@@ -22,6 +21,7 @@ from tests.test_lifecycle import (
     poison,
     ran_out,
 )
+from tests.kits import rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -101,6 +101,24 @@ def test_a_layer_that_is_a_tf_function_is_observed(kit):
     mean, variance = kit.statistics(norm)
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))
+
+
+@pytest.mark.parametrize("of", ["model", "layer", "train_step"])
+def test_a_tf_function_on_an_instance_is_seen_through(kit, of):
+    model = build(kit)
+    owner, name = (norm_of(model), "call") if of == "layer" else (model, "call")
+    if of == "train_step":
+        name = of
+    setattr(owner, name, tf.function(getattr(owner, name)))
+    function = getattr(owner, name)
+    recorder, *_ = fit(kit, model, epochs=5)
+    assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
+    seen = rows(data()[0])
+    mean, variance = kit.statistics(norm_of(model))
+    assert_mean(mean, seen.mean(0), seen.std(0))
+    assert_variance(variance, seen.var(0))
+    assert int(kit.array(model.optimizer.iterations)) == 12
+    assert getattr(owner, name) is function
 
 
 def test_layers_in_a_tf_function_that_cannot_be_observed_are_named(kit):
@@ -305,7 +323,8 @@ def test_weights_that_a_training_step_writes_are_the_average_again_after_the_pas
     model.compile(kit.keras.optimizers.SGD(RATE, momentum=0.9), "mse", jit_compile=False)
     seen = []
     look = at(kit, 5, lambda model: seen.extend(kit.trainable(model)))
-    recorder, *_ = fit(kit, model, before=[look], epochs=5)
+    with pytest.warns(UserWarning, match="changes weights by other means"):
+        recorder, *_ = fit(kit, model, before=[look], epochs=5)
     assert_weights(seen, recorder.mean(2, 3, 4))
     assert_bitwise(seen, kit.trainable(model))
 

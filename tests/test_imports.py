@@ -5,8 +5,10 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,12 @@ PACKAGE = Path(swa_dist.__file__).parent
 # A module imports from lower floors only.
 FLOORS = [
     ["plan", "schedules"],
-    ["_tensorflow", "backup", "bn_layer", "moments", "replicas", "train_function"],
+    ["_tensorflow", "backup", "bn_layer", "moments", "optimizers", "replicas", "train_function"],
     ["batch_size", "bn_average", "bn_observers", "flavour", "weight_average"],
     ["bn_statistics", "data", "model_average"],
     ["bn_pass", "saved_run"],
-    ["bn_update", "callback"],
+    ["bn_update", "run"],
+    ["callback"],
     ["keras", "tfkeras"],
     ["__init__"],
 ]
@@ -287,3 +290,63 @@ told["version"] = error("import swa_dist.keras")
     for message in told.values():
         assert "numpy" in message
         assert "KERAS_BACKEND=tensorflow" in message
+
+
+def test_a_folder_of_the_sources_is_enough(tmp_path):
+    """As people have it in a kernel without the package index: on `sys.path`, and not installed."""
+    shutil.copytree(PACKAGE, tmp_path / "swa_dist")
+    told = ask(
+        """
+import importlib.metadata
+
+def not_installed(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+importlib.metadata.version = importlib.metadata.distribution = not_installed
+sys.path.remove("")  # where this runs, the package is
+import swa_dist
+told.update(file=swa_dist.__file__, version=swa_dist.__version__)
+""",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert told == {
+        "file": str(tmp_path / "swa_dist/__init__.py"),
+        "version": swa_dist.__version__,
+    }
+
+
+def test_the_version_is_that_of_the_distribution():
+    assert swa_dist.__version__ == metadata.version("swa-dist")
+
+
+def test_graph_mode_is_refused_with_what_to_do():
+    """As old kernels have it: tf_keras trains in it, SWA cannot."""
+    told = ask(
+        """
+import numpy as np, tensorflow as tf, tf_keras
+from swa_dist import WeightAverage, update_bn
+from swa_dist.tfkeras import SWA
+
+tf.compat.v1.disable_eager_execution()
+layers = tf_keras.layers
+model = tf_keras.Sequential([layers.Input((3,)), layers.BatchNormalization(), layers.Dense(1)])
+model.compile("sgd", "mse")
+x = np.ones((8, 3), "float32")
+model.fit(x, x[:, :1], verbose=0)
+for name, use in {
+    "SWA": lambda: model.fit(x, x[:, :1], epochs=4, verbose=0, callbacks=[SWA(2)]),
+    "WeightAverage": lambda: WeightAverage(model),
+    "update_bn": lambda: update_bn(model, x),
+}.items():
+    try:
+        use()
+    except RuntimeError as error:
+        told[name] = str(error)
+""",
+        TF_USE_LEGACY_KERAS="1",
+        TF_CPP_MIN_LOG_LEVEL="2",
+    )
+    assert set(told) == {"SWA", "WeightAverage", "update_bn"}
+    for message in told.values():
+        assert "needs eager execution" in message
+        assert "Remove `tf.compat.v1.disable_eager_execution()`" in message

@@ -6,8 +6,18 @@ import sys
 import numpy as np
 import pytest
 
+from tests.fits import (
+    NO_STRATEGY,
+    RATE,
+    assert_exact,
+    assert_undisturbed,
+    at,
+    build,
+    data,
+    fit,
+    norm_of,
+)
 from tests.kits import rows
-from tests.test_lifecycle import NO_STRATEGY, RATE, assert_exact, at, build, data, fit, norm_of
 from tests.tolerances import assert_bitwise, assert_mean, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -194,3 +204,16 @@ def test_a_parameter_server_strategy_is_refused(pytestconfig):
         cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.stdout.split() == ["keras3", "tf_keras"], result.stderr[-4000:]
+
+
+def test_a_callback_list_that_does_not_know_the_epochs_is_refused(kit):
+    model = build(kit)
+    callbacks = kit.keras.callbacks.CallbackList([kit.SWA(2)], add_history=True, model=model)
+    for _ in range(2):  # the second time, too, it is not taken for two in one
+        with pytest.raises(ValueError, match=r"how many epochs.*CallbackList\(\.\.\., epochs="):
+            model.fit(*data(), epochs=4, verbose=0, callbacks=callbacks)
+    knowing = kit.keras.callbacks.CallbackList(
+        [kit.SWA(2)], add_history=True, model=model, epochs=4
+    )
+    model.fit(*data(), epochs=4, verbose=0, callbacks=knowing)
+    assert_undisturbed(kit, model)

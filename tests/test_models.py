@@ -317,6 +317,50 @@ def float64(kit):
     return case
 
 
+def with_a_weight(kit, dtype, use, shape=(3,)):
+    """A model with one more trainable weight, of another dtype."""
+    layers = kit.keras.layers
+
+    class Other(layers.Layer):
+        def build(self, input_shape):
+            self.other = self.add_weight(
+                shape=shape, dtype=dtype, initializer="ones", trainable=True, name="other"
+            )
+
+        def call(self, inputs):
+            return use(inputs, tf.convert_to_tensor(self.other))
+
+        def compute_output_shape(self, input_shape):
+            return input_shape
+
+    tap, norm, other = kit.Tap(), layers.BatchNormalization(), Other()
+    parts = [layers.Input((3,)), other, tap, norm, layers.Dense(1)]
+    # Without momentum, which optimizers have for real numbers only.
+    model = compiled(kit, kit.keras.Sequential(parts), kit.keras.optimizers.SGD(0.02))
+    return other, Case(model, *data(), [(tap, norm)])
+
+
+@row(replicas=0)
+def complex64(kit):
+    def filtered(inputs, spectrum):
+        return tf.math.real(tf.signal.ifft(tf.signal.fft(tf.cast(inputs, "complex64")) * spectrum))
+
+    return with_a_weight(kit, "complex64", filtered)[-1]
+
+
+@row(replicas=0)
+def a_counter_that_calls_itself_trainable(kit):
+    other, case = with_a_weight(kit, "int32", lambda inputs, _: tf.identity(inputs))
+    assert any(v is other.other for v in case.model.trainable_variables)
+    case.still = [other.other]
+    return case
+
+
+@row(replicas=0)
+def a_weight_without_entries(kit):
+    return with_a_weight(kit, "float32", lambda inputs, _: tf.identity(inputs), shape=(0,))[-1]
+
+
 # Keras 3.15 itself puts the reduction over replicas into a `cond`; tf_keras 2.21 has no such thing.
 @row(replicas=0, kits=["keras3"])
 def gradient_accumulation(kit):
@@ -491,9 +535,11 @@ def sparse_inputs(kit):
 def assert_average(actual, expected):
     """Arrays against their float64 means, as exact as each one's dtype allows."""
     for a, e in zip(actual, expected, strict=True):
-        if a.dtype == np.float64:
+        if a.dtype.kind == "c":
+            assert_weights([a.real, a.imag], [e.real, e.imag])
+        elif a.dtype == np.float64:
             np.testing.assert_allclose(a, e, rtol=1e-14, atol=1e-16)
-        elif a.dtype == np.float32:
+        elif a.dtype == np.float32 or a.dtype.kind == "i":
             assert_weights([a], [e])
         else:
             # The mean is rounded twice, to float32 and then to this dtype. Near the middle of two
@@ -553,5 +599,5 @@ def test_any_model_that_keras_can_train(kit, build, replicas):
     before = kit.trainable(model)
     model.fit(**fed)
     after = kit.trainable(model)
-    assert all(np.isfinite(a.astype("float64")).all() for a in after)
+    assert all(np.isfinite(a.astype("complex128")).all() for a in after)
     assert any((a != b).any() for a, b in zip(after, before, strict=True))

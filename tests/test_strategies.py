@@ -6,7 +6,7 @@ The other tests run without one, and under MirroredStrategy that reduces to its 
 import pytest
 import tensorflow as tf
 
-from tests.test_lifecycle import assert_exact, build, fit
+from tests.fits import assert_exact, build, fit
 from tests.tolerances import assert_bitwise
 
 CPUS = ["CPU:0", "CPU:1"]

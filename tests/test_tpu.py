@@ -7,9 +7,9 @@ import tensorflow as tf
 from swa_dist.backup import Backup
 from swa_dist.bn_average import BatchNormAverage
 from swa_dist.replicas import is_chief
+from tests.fits import at, build, data, fit, norm_of, stop
 from tests.kits import rows
 from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
-from tests.test_lifecycle import at, build, data, fit, norm_of, stop
 from tests.test_weight_average import average_of, copies, mirrored_variables
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 from tests.tpu import tpu_on_cpus

@@ -26,7 +26,8 @@ def assert_weights(actual, expected, relative=RELATIVE):
     """Each array is compared on the scale of its largest entry."""
     assert len(actual) == len(expected)
     for a, e in zip(actual, expected, strict=True):
-        error = np.abs(np.asarray(a, np.float64) - e).max() / max(np.abs(e).max(), 1e-30)
+        error = np.abs(np.asarray(a, np.float64) - e).max(initial=0)
+        error /= max(np.abs(e).max(initial=0), 1e-30)
         assert error <= relative, f"off by {error:.2e}"
 
 
