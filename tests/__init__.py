@@ -7,6 +7,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import tensorflow as tf
 from tensorflow.python.data.ops.dataset_ops import DatasetV2
 
+# Seconds after which a program that a test has started is taken to hang. So many that a slow and
+# busy machine cannot make them pass: the longest has taken 9 minutes on one.
+FOREVER = 2 * 3600
+
 
 def _without_autotuning(dataset):
     """Apply what a dataset's `Options` have no public default for.

@@ -113,8 +113,11 @@ def test_what_others_put_into_the_model_at_the_end_is_not_the_average(kit, two_r
             model.compile(optimizer, "mse", jit_compile=False)
 
     class Keep(kit.keras.callbacks.Callback):
-        def on_test_begin(self, logs=None):
-            trained.append(kit.trainable(self.model))
+        def on_epoch_begin(self, epoch, logs=None):
+            trained.append(None)
+
+        def on_train_batch_end(self, batch, logs=None):
+            trained[-1] = kit.trainable(self.model)
 
     x, y = data(20)
     swa = kit.SWA(1, validate_average=True)

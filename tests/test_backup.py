@@ -16,6 +16,7 @@ import pytest
 import tensorflow as tf
 
 from swa_dist.backup import Backup, BackupError
+from tests import FOREVER
 from tests.conftest import mirrored
 from tests.fits import NO_STRATEGY, at, build, data, stop
 from tests.kits import KITS, batched
@@ -89,8 +90,7 @@ def epochs_in(folder):
 def test_killed_anywhere_a_run_ends_as_one_that_was_never_killed(pytestconfig, tmp_path, kit):
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.killed", kit, str(tmp_path)],
-        # TensorFlow 2.16 converts tf_keras's code anew in each life, for 8 seconds.
-        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=900, check=False,
+        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=FOREVER, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     histories = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
@@ -370,17 +370,19 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(kit, fold
 
 
 HOLD = """
-import sys, time
+import sys
 from swa_dist.backup import Backup
 Backup(sys.argv[1], writes=True).open()
 print("held", flush=True)
-time.sleep(300)
+sys.stdin.read()  # until it is killed, or nobody is left to kill it
 """
 
 
 def test_a_folder_that_another_process_uses_is_refused_until_that_is_killed(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(BackupError, match=f"process {process.pid} is using it"):
             Backup(tmp_path, writes=True).open()
@@ -495,7 +497,7 @@ def test_a_run_resumed_before_its_first_snapshot_needs_no_state(kit, tmp_path):
 
 def test_without_a_backup_the_average_that_was_saved_for_the_weights_is_warned_of(kit, tmp_path):
     """With `validate_average`, BackupAndRestore saves the average; only `backup_dir` the rest."""
-    arguments = {"validation_data": batched(*data()), "shuffle": False}
+    arguments = {"validation_data": batched(*data())}
 
     def swa():
         return kit.SWA(START, validate_average=True)

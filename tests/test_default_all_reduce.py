@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tests import FOREVER
+
 PROGRAM = """
 import numpy as np
 import tests.conftest  # virtual devices
@@ -37,7 +39,7 @@ def test_four_replicas_with_the_default_all_reduce(pytestconfig):
         cwd=pytestconfig.rootpath,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=FOREVER,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import FOREVER
 from tests.tolerances import assert_mean, assert_variance, assert_weights
 
 # The two examples of keras-swa's README, with only the imports brought up to date.
@@ -95,7 +96,7 @@ assert len(model.history.history["learning_rate"]) == 20
         env={**os.environ, "TF_USE_LEGACY_KERAS": legacy},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=FOREVER,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
@@ -194,7 +195,7 @@ def test_the_kaggle_kernel_runs_and_is_what_the_readme_shows(pytestconfig, tmp_p
     assert shorter != kernel
     result = subprocess.run(
         [sys.executable, "-W", "error::UserWarning:swa_dist", "-c", shorter],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=FOREVER, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
     assert "MirroredStrategy, 4 replicas, batches of 64" in result.stdout
@@ -206,7 +207,7 @@ def test_the_schedules_are_drawn(pytestconfig, tmp_path):
     output = tmp_path / "drawn.png"
     script = pytestconfig.rootpath / "scripts" / "plot_schedules.py"
     command = [sys.executable, "-X", "importtime", str(script), "--output", str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=FOREVER, check=False)
     assert result.returncode == 0, result.stderr[-4000:]
     assert output.read_bytes()[:4] == b"\x89PNG"
     assert "lr_schedule='cyclic'" in result.stdout

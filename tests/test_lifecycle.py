@@ -185,7 +185,8 @@ def test_a_replica_without_rows_is_named_as_the_cause_where_it_is(kit, two_repli
     if kit.name == "tf_keras":  # which trains on
         fit(kit, model, fed=data(9), batch_size=8, epochs=3)
         return
-    with pytest.warns(UserWarning, match=r"fewer rows than there are replicas|no snapshot") as all_:
+    message = r"fewer samples than there are replicas|no snapshot"
+    with pytest.warns(UserWarning, match=message) as all_:
         fit(kit, model, fed=data(9), batch_size=8, epochs=3)
     assert len(all_) == 2
 

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from tests import FOREVER
 from tests.fits import (
     NO_STRATEGY,
     RATE,
@@ -163,20 +164,16 @@ def test_a_model_from_outside_the_scope_is_refused(kit, two_replicas):
 PARAMETER_SERVER = """
 import os
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-import socket
 import tensorflow as tf
 from tests.kits import KITS
+from tests.ports import kept_ports
 
-def port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-cluster = {job: [f"127.0.0.1:{port()}"] for job in ("worker", "ps")}
-servers = [
-    tf.distribute.Server(cluster, job_name=job, task_index=0, protocol="grpc", start=True)
-    for job in cluster
-]
+with kept_ports(2) as (worker, ps):
+    cluster = {"worker": [worker], "ps": [ps]}
+    servers = [
+        tf.distribute.Server(cluster, job_name=job, task_index=0, protocol="grpc", start=True)
+        for job in cluster
+    ]
 resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
     tf.train.ClusterSpec(cluster), rpc_layer="grpc"
 )
@@ -201,7 +198,7 @@ os._exit(0)
 def test_a_parameter_server_strategy_is_refused(pytestconfig):
     result = subprocess.run(
         [sys.executable, "-u", "-c", PARAMETER_SERVER],
-        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=120, check=False,
+        cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=FOREVER, check=False,
     )  # fmt: skip
     assert result.stdout.split() == ["keras3", "tf_keras"], result.stderr[-4000:]
 

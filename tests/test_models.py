@@ -565,6 +565,7 @@ def assert_statistics(kit, seen, norm):
 
 
 @pytest.mark.exactness
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras's own, of unused weights
 @pytest.mark.parametrize(("kit", "build", "replicas"), ROWS, indirect=["kit"])
 def test_any_model_that_keras_can_train(kit, build, replicas):
     strategy = mirrored(replicas) if replicas else tf.distribute.get_strategy()

@@ -447,11 +447,11 @@ def awaited(operation):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["_settle", "_swap_in", "_swap_out", "_copy"])
-def test_weights_and_average_change_places_one_variable_at_a_time(strategy, name, dtype):
-    """No more than one is in memory twice: a replica touches none before it has written the last.
+def test_weights_and_average_are_exchanged_and_copied_one_variable_at_a_time(strategy, name, dtype):
+    """A replica touches none before it has written the one ahead: one at a time is there twice.
 
-    So says the graph. Its peak of memory is the benchmark's to measure: all that the process has
-    ever done, and what else the machine does, has a part in that.
+    That is in the graph, and the same on every machine. How high memory rises is not: that is for
+    the benchmark to measure.
     """
     average = average_of(mirrored_variables(strategy, [dtype] * 4), strategy)
     average.update()

@@ -52,8 +52,8 @@ def main(directory, scenario, n_devices):
         tuple(f"{worker}/device:CPU:{i}" for i in range(n_devices)),
         "CPU",
     )
-    options = tf.distribute.experimental.CommunicationOptions(timeout_seconds=60)
-    strategy = tf.distribute.MultiWorkerMirroredStrategy(communication_options=options)
+    # Without a timeout: however long a worker waits for a slow one, it learns of a dead one.
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
 
     from tests.kits import KITS
 
