@@ -8,6 +8,7 @@ It needs matplotlib (`pip install swa-dist[demo]`). It prints each schedule's pl
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -16,7 +17,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from swa_dist.plan import LR_SCHEDULES, Arguments, Plan
+from swa_dist import Plan
 
 RATE, PASS, SNAPSHOT = "#1f4e79", "#d9d9d9", "#c0392b"
 
@@ -38,7 +39,7 @@ def parse() -> argparse.Namespace:
 
 def plans(options: argparse.Namespace) -> dict[str, Plan]:
     """Return the plan of each schedule."""
-    rates = {
+    rates: dict[str, dict[str, Any]] = {
         "manual": {},
         "constant": {"swa_lr": options.swa_lr},
         "cyclic": {
@@ -48,16 +49,21 @@ def plans(options: argparse.Namespace) -> dict[str, Plan]:
         },
     }
     return {
-        schedule: Arguments(options.start_epoch, schedule, **rates[schedule]).plan(
-            options.epochs, options.steps, options.learning_rate
+        schedule: Plan(
+            options.epochs,
+            options.start_epoch,
+            schedule,
+            **arguments,
+            steps_per_epoch=options.steps,
+            initial_learning_rate=options.learning_rate,
         )
-        for schedule in LR_SCHEDULES
+        for schedule, arguments in rates.items()
     }
 
 
 def draw(axes: Axes, schedule: str, plan: Plan, initial_rate: float) -> None:
     """Draw one schedule: the rate of every batch, the snapshots, and the BN pass."""
-    steps = plan.steps or 1
+    steps = plan.steps_per_epoch or 1
     batches = [(e, b) for e in range(plan.epochs) for b in range(steps)]
     yours = schedule == "manual"
     rates = [initial_rate if (r := plan.learning_rate(*at)) is None else r for at in batches]

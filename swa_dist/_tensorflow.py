@@ -1,4 +1,4 @@
-"""Says what to do where TensorFlow is missing. A binding imports this before anything else."""
+"""Raise an error that says what to do if TensorFlow is missing. To be imported first."""
 
 try:
     import tensorflow  # noqa: F401

@@ -1,17 +1,21 @@
-"""The SWA callback, for any Keras: its arguments, and hooks that hand on to the run."""
+"""The SWA callback: its arguments, and hooks that pass on to the run."""
 
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
 
-from swa_dist.flavour import Flavour
-from swa_dist.plan import Arguments, Plan
-from swa_dist.replicas import check_eager
-from swa_dist.run import Beginning, Run
-from swa_dist.saved_run import Progress
+from swa_dist.keras_api import KerasAPI
+from swa_dist.model_checks import check_eager
+from swa_dist.plan import messages
+from swa_dist.plan.messages import SWAWarning
+from swa_dist.plan.options import Options
+from swa_dist.plan.plan import Plan
+from swa_dist.plan.progress import Progress
+from swa_dist.run import Run
+from swa_dist.state import RunState
+from swa_dist.training.learning_rates import InitialOptimizers
 
 if TYPE_CHECKING:  # at run time a binding puts its Keras's Callback here
 
@@ -25,13 +29,17 @@ else:
     _Callback = object
 
 
+# In the parameters of a `fit`, which all of its callbacks share: a callback for it has begun.
+_MARK = "swa_dist"
+
+
 class SWACallback(_Callback):
     """Stochastic weight averaging, exact on every replica of a `tf.distribute` strategy.
 
     After `fit` the model holds the mean of the trainable weights that it had at the ends of the
     averaged epochs, w_SWA = (w_1 + ... + w_n) / n. If it has batch normalization (BN) layers that
     train, the last epoch is a forward pass over the data (the BN pass) that recomputes their moving
-    statistics for those weights, over all rows on all replicas.
+    statistics for those weights, over all samples on all replicas.
 
     Args:
         start_epoch: Epoch, counted from 1, at whose end averaging may begin; or a float in (0, 1),
@@ -50,26 +58,28 @@ class SWACallback(_Callback):
         batch_size: Global batch size, if you want to be warned when training feeds another. It is
             never needed.
         verbose: 1 prints a line when averaging begins and when the model takes the average.
-        backup_dir: Folder in which the average is kept while `fit` runs, so that a run that was
-            killed can go on with it. The model itself is resumed by other means:
+        backup_dir: Folder for checkpoints of the average while `fit` runs, from which an
+            interrupted run is resumed. The model itself is resumed by other means:
             `BackupAndRestore`, or `initial_epoch` and saved weights. Several workers share the
             folder. It is removed when `fit` has finished.
-        validate_average: Whether validation within `fit` is of the average, from the first
+        validate_average: Whether validation within `fit` evaluates the average, from the first
             snapshot on. From the beginning of an epoch's validation to that of the next epoch the
-            model carries the average, with BN statistics averaged from the snapshots' own:
-            callbacks that judge or save the model see it. Training goes on as it would have.
-        bn_steps: Batches after which the BN pass ends; None: all of the epoch. A few thousand rows
-            give near-optimal statistics (Wu & Johnson, 2021, arXiv 2105.07576, section 3).
+            model carries the average, with the average of the snapshots' BN statistics: callbacks
+            that judge or save the model see it. Training is not affected.
+        bn_steps: Batches after which the BN pass ends; None: all of the epoch. A few thousand
+            samples give near-optimal statistics (Wu & Johnson, 2021, arXiv 2105.07576, section 3).
 
     Attributes:
         n_averaged: Number of snapshots in the average.
-        inferred_batch_size: Rows in the largest global batch that training was fed; None during
-            the first epoch.
+        inferred_batch_size: Samples in the largest global batch that training was fed; None
+            during the first epoch.
 
     Raises:
-        ValueError: An argument, or the model's optimizer, does not allow what is asked. Raised at
-            construction or at the beginning of `fit`, before the first batch.
-        TypeError: The model belongs to another Keras.
+        ValueError: An argument is out of range, or does not suit the model or its optimizers.
+            Raised at construction or at the beginning of `fit`, before the first batch; for a model
+            that `fit` builds, after its first step at the latest.
+        TypeError: The model is one of the other Keras version.
+        RuntimeError: Eager execution was disabled.
         OSError: `backup_dir` cannot be written to, or another run uses it.
 
     Distribution:
@@ -87,14 +97,9 @@ class SWACallback(_Callback):
         and Better Generalization", 2018, arXiv 1803.05407, Algorithm 1.
     """
 
-    flavour: ClassVar[Flavour]
+    keras_api: ClassVar[KerasAPI]
 
-    # The parameters of each model's `fit` that is about to begin: they are one object for all
-    # callbacks of a `fit`, and another one for each `fit`.
-    _beginning_runs: ClassVar[MutableMapping[Any, dict]] = WeakKeyDictionary()
-
-    # What tf_keras asks of a callback that does not need logs as NumPy, so that it need not wait
-    # for the device after each batch.
+    # tf_keras then does not wait for the device after each batch, to convert the logs to NumPy.
     _supports_tf_logs = True
 
     def __init__(
@@ -112,37 +117,42 @@ class SWACallback(_Callback):
         bn_steps: int | None = None,
     ) -> None:
         super().__init__()
-        self.arguments = Arguments(
+        self.options = Options(
             *(start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose),
             backup_dir=backup_dir,
             validate_average=validate_average,
             bn_steps=bn_steps,
         )
-        for message in self.arguments.without_effect:
-            warnings.warn(message, stacklevel=2)
+        for message in messages.options_without_effect(lr_schedule, swa_lr, swa_lr2):
+            warnings.warn(message, SWAWarning, stacklevel=2)
         # Here, as Keras 3 fails before it calls a callback for the first time.
-        self.flavour.warn_of_several_workers()
-        self._progress = Progress()
-        self._beginning: Beginning | None = None
+        self.keras_api.warn_of_several_workers()
+        self._last_progress = Progress()
+        self._optimizers_before: InitialOptimizers | None = None
         self._run: Run | None = None
 
     @property
     def n_averaged(self) -> int:
         """Number of snapshots in the average."""
-        return self._latest_progress.n_averaged
+        return self._progress.n_averaged
 
     @property
     def inferred_batch_size(self) -> int | None:
-        """Rows in the largest global batch so far; None during the first epoch."""
-        return self._latest_progress.batch_size
+        """Samples in the largest global batch so far; None during the first epoch."""
+        return self._progress.batch_size
 
     @property
-    def _latest_progress(self) -> Progress:
-        return self._run.progress if self._run else self._progress
+    def _progress(self) -> Progress:
+        return self._run.progress if self._run else self._last_progress
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has: arguments and results, but neither model nor average."""
-        state = {**vars(self), "_progress": self._latest_progress, "_run": None, "_beginning": None}
+        """Return what a copy has: options and results, but neither model nor average."""
+        state = {
+            **vars(self),
+            "_last_progress": self._progress,
+            "_optimizers_before": None,
+            "_run": None,
+        }
         for name in ("_model", "model"):  # Keras 3's and tf_keras's
             if name in state:
                 state[name] = None
@@ -165,8 +175,8 @@ class SWACallback(_Callback):
             batch_norm: Whether the model has batch normalization layers that train.
 
         Returns:
-            A `Plan`: `print` shows it as a table, and its methods answer for a single epoch or
-            batch, both counted from 0.
+            A `Plan`: it prints as a table, and its methods answer for a single epoch or batch, both
+            counted from 0.
 
         Raises:
             ValueError: An argument is out of its range, or no snapshot fits into the run.
@@ -174,18 +184,18 @@ class SWACallback(_Callback):
         Example:
             >>> print(SWA(45, "constant", swa_lr=0.01).plan(60, learning_rate=0.1))
         """
-        return self.arguments.plan(epochs, steps_per_epoch, learning_rate, batch_norm)
+        return Plan.of(self.options, epochs, steps_per_epoch, learning_rate, batch_norm)
 
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Have the average in the model while open; afterwards all is bitwise as it was.
 
-        For use while `fit` runs, in other callbacks say, and after an exception or Ctrl-C has ended
-        it, until the next `fit` with this instance begins. BN layers get the average of the
-        statistics that they had at the snapshots; in the BN pass, the model has the average anyway.
-        Within itself, and where `validate_average` has put the average there, it does nothing more.
-        What is written into float32 or float64 weights meanwhile becomes the average; what is
-        written into narrower ones and BN statistics is dropped.
+        For other callbacks while `fit` runs, and for use after an exception or Ctrl-C has ended it,
+        until the next `fit` with this instance begins. BN layers get the average of the statistics
+        that they had at the snapshots; in the BN pass, the model has the average already. Within
+        itself, and while the model carries the average for validation, it does nothing more. What
+        is written into float32 or float64 weights meanwhile becomes the average; what is written
+        into narrower ones and into BN statistics is dropped.
 
         Raises:
             RuntimeError: There is no snapshot yet, or `fit` has ended as it should: then the model
@@ -209,9 +219,9 @@ class SWACallback(_Callback):
 
     def set_model(self, model: Any) -> None:
         check_eager()
-        self.flavour.check_model(model)
+        self.keras_api.check_model(model)
         super().set_model(model)
-        self._beginning = self._present()
+        self._optimizers_before = self._optimizers_now()
 
     def on_train_begin(self, logs: Any = None) -> None:
         params = getattr(self, "params", None) or {}
@@ -221,18 +231,20 @@ class SWACallback(_Callback):
                 "parameter `epochs`. Make it with `CallbackList(..., epochs=...)`, or give `fit` a "
                 "list of callbacks."
             )
-        if self._beginning_runs.get(self.model) is params:
+        if params.get(_MARK):
             raise ValueError(
-                "`callbacks` must hold one SWA: two in one `fit` would undo each other's work. "
+                "`callbacks` must have one SWA: two in one `fit` would undo each other's work. "
                 "Received: a second one."
             )
-        self._beginning_runs[self.model] = params
+        params[_MARK] = True
         self._run = None  # of a `fit` that an exception has ended
-        beginning = self._beginning or self._present()  # a CallbackList sets its model once only
-        self._run = Run(self.arguments, self.model, params, self.flavour, beginning)
+        # A CallbackList that serves several fits sets the model once, before the first.
+        before = self._optimizers_before or self._optimizers_now()
+        self._optimizers_before = None
+        self._run = Run(RunState(self.options, self.model, params, self.keras_api, before))
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self._beginning_runs.pop(self.model, None)
+        self.params.pop(_MARK, None)
         self._running.begin_epoch(epoch)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -241,7 +253,7 @@ class SWACallback(_Callback):
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         if self._run:
-            self._run.end_batch(batch)
+            self._run.end_batch()
 
     def on_test_begin(self, logs: Any = None) -> None:
         if self._run:
@@ -256,16 +268,17 @@ class SWACallback(_Callback):
             run.end()
         finally:
             # The buffers are as large as the weights.
-            self._progress, self._run, self._beginning = run.progress, None, None
+            self._last_progress = run.progress
+            self._run = None
 
-    def _present(self) -> Beginning:
-        return Beginning.of(self.flavour.step_optimizers(self.model))
+    def _optimizers_now(self) -> InitialOptimizers:
+        return InitialOptimizers.of(self.keras_api.step_optimizers(self.model))
 
     @property
     def _running(self) -> Run:
         if not self._run:
             raise RuntimeError(
-                "This SWA has served another `fit` while this one was running. Give each `fit` "
-                "that runs at the same time an SWA of its own."
+                "This SWA has been used in another `fit` while this one was running. Give each "
+                "`fit` that runs at the same time an SWA of its own."
             )
         return self._run

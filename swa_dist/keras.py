@@ -2,7 +2,7 @@
 
 import os
 
-from swa_dist import _tensorflow  # noqa: F401  (first: it says what to do)
+from swa_dist import _tensorflow  # noqa: F401  (first, for its message)
 
 try:
     import keras
@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 from swa_dist.callback import SWACallback
-from swa_dist.flavour import Flavour
+from swa_dist.keras_api import KerasAPI
 
 if not keras.__version__.startswith("3."):
     raise ImportError(
@@ -31,6 +31,6 @@ if keras.backend.backend() != "tensorflow":
 __all__ = ["SWA"]
 
 
-class SWA(SWACallback, keras.callbacks.Callback):  # noqa: D101  (it has the one that it shares)
+class SWA(SWACallback, keras.callbacks.Callback):  # noqa: D101  (it is the shared one)
     __doc__ = SWACallback.__doc__
-    flavour = Flavour(keras)
+    keras_api = KerasAPI(keras)

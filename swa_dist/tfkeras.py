@@ -1,6 +1,6 @@
 """SWA for tf_keras, the legacy Keras 2: `from swa_dist.tfkeras import SWA`."""
 
-from swa_dist import _tensorflow  # noqa: F401  (first: it says what to do)
+from swa_dist import _tensorflow  # noqa: F401  (first, for its message)
 
 try:
     import tf_keras
@@ -11,11 +11,11 @@ except ImportError as error:
     ) from error
 
 from swa_dist.callback import SWACallback
-from swa_dist.flavour import Flavour
+from swa_dist.keras_api import KerasAPI
 
 __all__ = ["SWA"]
 
 
-class SWA(SWACallback, tf_keras.callbacks.Callback):  # noqa: D101  (it has the one that it shares)
+class SWA(SWACallback, tf_keras.callbacks.Callback):  # noqa: D101  (it is the shared one)
     __doc__ = SWACallback.__doc__
-    flavour = Flavour(tf_keras)
+    keras_api = KerasAPI(tf_keras)

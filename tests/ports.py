@@ -10,7 +10,7 @@ os.environ["TF_GRPC_REUSE_PORT"] = "1"
 
 @contextlib.contextmanager
 def kept_ports(n):
-    """Addresses of n ports that nobody else gets while it is open."""
+    """Addresses of n ports that no other program gets while this is open."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
         for s in sockets:

@@ -1,4 +1,4 @@
-"""The average in use while training goes on, and training none the wiser."""
+"""The average in use during training, which is not affected."""
 
 import functools
 

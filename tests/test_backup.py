@@ -1,4 +1,4 @@
-"""A run that ended in its middle goes on with its average, as if it had never ended."""
+"""An interrupted run is resumed with its average, and ends as if it had not been interrupted."""
 
 import contextlib
 import functools
@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.backup import Backup, BackupError
+from swa_dist import SWAWarning
+from swa_dist.resume.checkpoints import CheckpointError, Checkpoints
 from tests import FOREVER
 from tests.conftest import mirrored
 from tests.fits import NO_STRATEGY, at, build, data, stop
@@ -71,7 +72,7 @@ def on(n):
 
 @functools.cache
 def never(kit, n=1):
-    """What a run ends with that was never killed, and its learning rates."""
+    """What an uninterrupted run ends with, and its learning rates."""
     with tempfile.TemporaryDirectory() as folder:
         model, *_, history = run(kit, Path(folder), on(n))
     return state(kit, model), history["learning_rate"]
@@ -83,13 +84,13 @@ def state(kit, model):
 
 
 def epochs_in(folder):
-    return Backup(folder / "swa", writes=False).epochs
+    return Checkpoints(folder / "swa", writes=False).epochs
 
 
 @pytest.mark.parametrize("kit", [kit.name for kit in KITS])
-def test_killed_anywhere_a_run_ends_as_one_that_was_never_killed(pytestconfig, tmp_path, kit):
+def test_a_run_interrupted_anywhere_ends_like_an_uninterrupted_one(pytestconfig, tmp_path, kit):
     result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.killed", kit, str(tmp_path)],
+        [sys.executable, "-W", "ignore", "-m", "tests.interrupted_runs", kit, str(tmp_path)],
         cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=FOREVER, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-4000:]
@@ -150,14 +151,16 @@ def test_what_is_saved_when(kit, tmp_path):
 
 def test_a_state_holds_the_buffers_and_no_weights(kit, tmp_path):
     run(kit, tmp_path, after=[at(kit, 3, kill)])
-    names = dict(tf.train.list_variables(Backup(tmp_path / "swa", writes=False).path(3)))
+    names = dict(tf.train.list_variables(Checkpoints(tmp_path / "swa", writes=False).path(3)))
     assert sorted(map(tuple, names.values()), key=str) == sorted(
         [(), (), (), (), (), (), (1,), (2, 3), (3,), (3,), (3, 1)], key=str
     )
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_the_form_is_the_same_on_both_kerases_and_any_number_of_replicas(tmp_path, order):
+def test_checkpoints_are_the_same_in_keras_3_and_tf_keras_on_any_number_of_replicas(
+    tmp_path, order
+):
     one, other = KITS[::order]
     _, first, *_ = run(one, tmp_path, mirrored(4), after=[at(one, 4, kill)], restore=False)
     model, second, swa, _ = run(
@@ -171,7 +174,7 @@ def test_the_form_is_the_same_on_both_kerases_and_any_number_of_replicas(tmp_pat
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_epoch_end"])
 def test_an_early_stop_is_not_forgotten(kit, tmp_path, hook):
-    """Stopped at the end of epoch 4, killed in or after the BN pass that follows."""
+    """Stopped at the end of epoch 4, interrupted in or after the BN pass that follows."""
     stopped, *_ = run(kit, tmp_path / "never", before=[at(kit, 4, stop)])
     run(kit, tmp_path, before=[at(kit, 4, stop)], after=[at(kit, 5, kill, hook)])
     model, _, swa, history = run(kit, tmp_path)
@@ -180,7 +183,7 @@ def test_an_early_stop_is_not_forgotten(kit, tmp_path, hook):
     assert_bitwise(state(kit, model), state(kit, stopped))
 
 
-def test_the_same_process_goes_on_after_an_exception(kit, tmp_path):
+def test_the_same_process_resumes_after_an_exception(kit, tmp_path):
     run(kit, tmp_path, after=[at(kit, 4, kill)])
     model, *_ = run(kit, tmp_path)
     assert_bitwise(state(kit, model), never(kit)[0])
@@ -201,7 +204,7 @@ def test_a_damaged_state_is_refused_and_the_one_before_is_used(kit, tmp_path):
 def test_any_damage_is_noticed_before_anything_is_restored(tmp_path, ending, damage):
     strategy = mirrored(2)
     variables = mirrored_variables(strategy, ["float32"] * 4)
-    average, backup = average_of(variables, strategy), Backup(tmp_path, writes=True)
+    average, backup = average_of(variables, strategy), Checkpoints(tmp_path, writes=True)
     backup.open()
     average.update()
     for epoch in (3, 4):
@@ -310,7 +313,7 @@ def test_what_another_run_has_saved_is_refused(kit, tmp_path):
         assert epochs_in(tmp_path) == [4, 5]
 
 
-def test_a_full_disk_is_warned_of_and_training_goes_on(kit, tmp_path):
+def test_a_full_disk_is_warned_of_and_training_continues(kit, tmp_path):
     def limit(size):
         def action(model):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -330,9 +333,9 @@ def test_a_full_disk_is_warned_of_and_training_goes_on(kit, tmp_path):
             )  # fmt: skip
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    messages = [str(w.message) for w in warned if w.category is UserWarning]
+    messages = [str(w.message) for w in warned if w.category is SWAWarning]
     assert [re.search(r"end of epoch (\d)", m)[1] for m in messages] == ["3", "4"]
-    assert all("File too large" in m and "training goes on" in m for m in messages)
+    assert all("File too large" in m and "training continues" in m for m in messages)
     assert states == [5, 6]
     assert swa.n_averaged == 5
     assert_weights(kit.trainable(model), recorder.mean(*range(START, EPOCHS)))
@@ -341,14 +344,14 @@ def test_a_full_disk_is_warned_of_and_training_goes_on(kit, tmp_path):
 def test_what_a_failed_write_leaves_is_an_earlier_state(tmp_path):
     strategy = mirrored(2)
     average = average_of(mirrored_variables(strategy, ["float32"] * 4), strategy)
-    backup = Backup(tmp_path, writes=True)
+    backup = Checkpoints(tmp_path, writes=True)
     backup.open()
     for epoch in (1, 2):
         backup.save(epoch, {"average": average}, {})
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
     try:
-        with pytest.raises(BackupError, match=r"cannot be written to: .*File too large"):
+        with pytest.raises(CheckpointError, match=r"cannot be written to: .*File too large"):
             backup.save(3, {"average": average}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -371,32 +374,32 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_training(kit, fold
 
 HOLD = """
 import sys
-from swa_dist.backup import Backup
-Backup(sys.argv[1], writes=True).open()
+from swa_dist.resume.checkpoints import Checkpoints
+Checkpoints(sys.argv[1], writes=True).open()
 print("held", flush=True)
-sys.stdin.read()  # until it is killed, or nobody is left to kill it
+sys.stdin.read()  # until it is killed, or its parent ends
 """
 
 
-def test_a_folder_that_another_process_uses_is_refused_until_that_is_killed(tmp_path):
+def test_a_folder_that_another_process_uses_is_refused_until_that_ends(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(BackupError, match=f"process {process.pid} is using it"):
-            Backup(tmp_path, writes=True).open()
+        with pytest.raises(CheckpointError, match=f"process {process.pid} is using it"):
+            Checkpoints(tmp_path, writes=True).open()
         process.kill()
         process.wait()
-    Backup(tmp_path, writes=True).open()
+    Checkpoints(tmp_path, writes=True).open()
 
 
 def test_a_second_run_of_the_process_takes_the_folder_over(tmp_path):
-    first, second = Backup(tmp_path, writes=True), Backup(tmp_path, writes=True)
+    first, second = Checkpoints(tmp_path, writes=True), Checkpoints(tmp_path, writes=True)
     first.open()
     second.open()
     second.save(3, {}, {})
-    with pytest.raises(BackupError, match="another run of this process"):
+    with pytest.raises(CheckpointError, match="another run of this process"):
         first.save(4, {}, {})
     first.remove()
     assert second.epochs == [3]
@@ -411,7 +414,7 @@ def test_what_an_earlier_run_left_is_warned_of_and_overwritten(kit, tmp_path):
     assert_weights(kit.trainable(model), recorder.mean(*range(START, EPOCHS)))
 
 
-def test_a_run_made_shorter_when_it_goes_on_says_that_it_had_no_bn_pass(kit, tmp_path):
+def test_a_run_that_is_resumed_with_fewer_epochs_warns_that_it_had_no_bn_pass(kit, tmp_path):
     _, recorder, *_ = run(kit, tmp_path, after=[at(kit, 5, kill)])
     with pytest.warns(UserWarning, match="statistics were not recomputed"):
         model, _, swa, _ = run(kit, tmp_path, epochs=5)
@@ -439,8 +442,8 @@ def test_steps_may_be_a_number_of_numpys(kit, tmp_path):
 
 
 def test_a_folder_that_tensorflow_takes_for_a_pattern_is_refused(tmp_path):
-    with pytest.raises(BackupError, match=r"`backup_dir` must not have a '\['"):
-        Backup(tmp_path / "rate=[0.1]", writes=True).open()
+    with pytest.raises(CheckpointError, match=r"`backup_dir` must not have a '\['"):
+        Checkpoints(tmp_path / "rate=[0.1]", writes=True).open()
 
 
 def test_the_program_may_change_its_directory(kit, tmp_path, monkeypatch):
@@ -503,7 +506,8 @@ def test_without_a_backup_the_average_that_was_saved_for_the_weights_is_warned_o
         return kit.SWA(START, validate_average=True)
 
     run(kit, tmp_path, swa=swa(), after=[at(kit, 5, kill, "on_epoch_begin")], **arguments)
-    with pytest.warns(UserWarning, match=r"epoch 2, 3, 4 .*training then goes on from the average"):
+    message = r"epoch 2, 3, 4 .*training then continues from the average"
+    with pytest.warns(UserWarning, match=message):
         run(kit, tmp_path, swa=swa(), **arguments)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.bn_average import BatchNormAverage
-from swa_dist.bn_layer import BatchNormLayer
-from swa_dist.bn_statistics import BatchNormStatistics
+from swa_dist.averaging.bn_average import BatchNormAverage
+from swa_dist.batch_norm.layer import BatchNormLayer
+from swa_dist.batch_norm.statistics import BatchNormStatistics
 from tests.conftest import mirrored
 from tests.kits import rows
 from tests.tolerances import assert_mean, assert_variance
@@ -40,10 +40,13 @@ def run(strategy, norm, batches, jit_compile=False, training=True, mask=None):
 
     @tf.function(jit_compile=jit_compile, reduce_retracing=True)
     def step(batch):
-        strategy.run(lambda x: norm.layer.call(x, training=training, mask=mask), args=(batch,))
+        def call(x):
+            norm.keras_layer.call(x, training=training, mask=mask)
+
+        strategy.run(call, args=(batch,))
 
     statistics.begin()
-    with statistics.observing():
+    with statistics.observe():
         for batch in batches:
             values = strategy.experimental_distribute_values_from_function(
                 lambda context, batch=batch: tf.constant(batch[context.replica_id_in_sync_group])
@@ -82,7 +85,7 @@ def skewed(n, channels, seed=0):
 
 @pytest.mark.exactness
 @pytest.mark.parametrize("size", [1, 2, 7, 32, 128])
-def test_one_answer_however_the_rows_are_dealt_out(strategy, size):
+def test_one_answer_however_positions_are_distributed(strategy, size):
     x = skewed(128, 5)
     with strategy.scope():
         norm = layer([5])
@@ -145,7 +148,7 @@ def test_large_batches_are_summed_exactly(shape):
     assert_exact(run(strategy, layer([4], (*[None] * (len(shape) - 1), 4)), [[x]]), rows(x))
 
 
-def test_replicas_without_rows_and_steps_without_rows(strategy):
+def test_replicas_and_steps_without_samples(strategy):
     x = skewed(5, 3)
     with strategy.scope():
         norm = layer([3])
@@ -155,7 +158,7 @@ def test_replicas_without_rows_and_steps_without_rows(strategy):
     assert_exact(run(strategy, norm, batches), rows(x))
 
 
-def test_no_rows_at_all_leave_the_statistics_alone(two_replicas):
+def test_without_positions_the_statistics_stay(two_replicas):
     with two_replicas.scope():
         norm = layer([3])
     result = run(two_replicas, norm, [[np.zeros((0, 3), "float32")] * 2])
@@ -181,11 +184,11 @@ def test_inputs_of_unknown_shape():
     norm = layer([3])
     statistics = BatchNormStatistics([norm], tf.distribute.get_strategy())
     step = tf.function(
-        lambda batch: norm.layer.call(batch, training=True),
+        lambda batch: norm.keras_layer.call(batch, training=True),
         input_signature=[tf.TensorSpec(None, tf.float32)],
     )
     statistics.begin()
-    with statistics.observing():
+    with statistics.observe():
         for batch in np.split(x, [7, 20]):
             step(batch)
     statistics.pool()
@@ -193,7 +196,7 @@ def test_inputs_of_unknown_shape():
     assert_variance(norm.variance.numpy(), rows(x).var(0))
 
 
-def test_masked_positions_are_no_rows():
+def test_masked_positions_are_not_counted():
     x = skewed(12, 3).reshape(4, 3, 3)
     mask = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0], [1, 1, 1]], bool)
     poisoned = np.where(mask[..., None], x, np.nan).astype("float32")
@@ -261,14 +264,14 @@ def test_several_layers_and_several_calls_are_kept_apart(two_replicas):
     @tf.function
     def step():
         def calls():
-            first.layer.call(a, training=True)
-            first.layer.call(inputs=b, training=True)
-            second.layer.call(c, True)
+            first.keras_layer.call(a, training=True)
+            first.keras_layer.call(inputs=b, training=True)
+            second.keras_layer.call(c, True)
 
         two_replicas.run(calls)
 
     statistics.begin()
-    with statistics.observing():
+    with statistics.observe():
         step()
     statistics.pool()
     for norm, seen in ((first, np.concatenate([a, b])), (second, c)):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.batch_size import rows as count_rows
+from swa_dist.data.data_kinds import count_samples
 from tests.kits import rows
 from tests.tolerances import assert_mean, assert_variance
 
@@ -136,10 +136,10 @@ def test_a_wrong_batch_size_is_named_and_a_right_one_is_not(kit, given):
 
 
 @pytest.mark.parametrize("kind", ["ragged", "sparse", "dict"])
-def test_rows_of_composite_and_named_inputs(kit, kind):
+def test_samples_of_composite_and_named_inputs(kit, kind):
     fed = {
         "ragged": tf.RaggedTensor.from_row_lengths(tf.zeros([5]), [2, 0, 3]),
         "sparse": tf.sparse.from_dense(tf.eye(3)),
         "dict": {"b": tf.zeros([3, 2]), "a": tf.zeros([3])},
     }[kind]
-    assert int(count_rows((fed, tf.zeros([3])))) == 3
+    assert int(count_samples((fed, tf.zeros([3])))) == 3

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.batch_size import rows
-from swa_dist.data import infer_batch_size, peekable
+from swa_dist import infer_batch_size, peekable
+from swa_dist.data.data_kinds import count_samples
 from tests.conftest import mirrored
 
 X = np.arange(66, dtype="float32").reshape(22, 3)
@@ -118,7 +118,7 @@ PIPELINES = {
 @pytest.mark.parametrize(("data", "size"), PIPELINES.values(), ids=PIPELINES)
 def test_a_dataset_has_the_size_of_its_batches(data, size):
     if size is not None:  # the oracle: the pipeline's first element
-        assert int(rows(next(iter(data)))) == size
+        assert int(count_samples(next(iter(data)))) == size
     assert infer_batch_size(data) == size
 
 
@@ -132,14 +132,14 @@ STAGES = {
 
 
 @pytest.mark.parametrize("drop_remainder", [False, True])
-def test_whatever_follows_a_batch(drop_remainder):
+def test_datasets_after_a_batch(drop_remainder):
     for stages in itertools.permutations(STAGES.values(), 2):
         data = ROWS.batch(8, drop_remainder=drop_remainder)
         padded = ROWS.padded_batch(7, drop_remainder=drop_remainder)
         for stage in stages:
             data, padded = stage(data), stage(padded)
         assert (infer_batch_size(data), infer_batch_size(padded)) == (8, 7)
-        sizes = {int(rows(batch)) for batch in data}
+        sizes = {int(count_samples(batch)) for batch in data}
         assert sizes == ({8} if drop_remainder else {8, 6})
 
 
@@ -279,5 +279,5 @@ def test_what_cannot_be_batched_is_refused(data):
 
 
 def test_arrays_of_unlike_length_are_refused():
-    with pytest.raises(ValueError, match=r"equally many rows. Received: \[22, 21\]"):
+    with pytest.raises(ValueError, match=r"equally many samples. Received: \[22, 21\]"):
         infer_batch_size((X, Y[1:]))

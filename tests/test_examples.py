@@ -61,7 +61,7 @@ ARGUMENTS = {
 
 @pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`/`input_dim`")  # Keras 3's advice
 @pytest.mark.parametrize("schedule", ["constant", "cyclic"])
-def test_the_seeds_examples_run(kit, schedule, capsys):
+def test_the_examples_of_keras_swa_run(kit, schedule, capsys):
     example = SEED_EXAMPLE.format(
         keras=kit.keras.__name__, swa=kit.SWA.__module__, arguments=ARGUMENTS[schedule]
     )
@@ -78,7 +78,7 @@ def test_the_seeds_examples_run(kit, schedule, capsys):
     assert names["swa"].n_averaged == (26 if schedule == "constant" else 8)
     rates = names["model"].history.history["learning_rate"]
     assert rates[0] == pytest.approx(0.1)
-    assert rates[73] == pytest.approx(names["swa"].arguments.swa_lr)
+    assert rates[73] == pytest.approx(names["swa"].options.swa_lr)
     if schedule == "cyclic":
         assert rates[74:78] == pytest.approx([0.007 / 3, 0.005 / 3, 0.001, 0.007 / 3])
 
@@ -155,7 +155,7 @@ def test_the_loop_of_ones_own(kit, pytestconfig, two_replicas):
 
 
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
-def test_the_lines_that_outlive_a_kill(kit, pytestconfig, tmp_path, monkeypatch):
+def test_the_lines_that_resume_an_interrupted_run(kit, pytestconfig, tmp_path, monkeypatch):
     """Ended by its data in epoch 50, and run again."""
     monkeypatch.chdir(tmp_path)
     (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "BackupAndRestore" in b)

@@ -20,25 +20,26 @@ from tests.kits import KITS
 
 PACKAGE = Path(swa_dist.__file__).parent
 
-# A module imports from lower floors only.
-FLOORS = [
-    ["plan", "schedules"],
-    ["_tensorflow", "backup", "bn_layer", "moments", "optimizers", "replicas", "train_function"],
-    ["batch_size", "bn_average", "bn_observers", "flavour", "weight_average"],
-    ["bn_statistics", "data", "model_average"],
-    ["bn_pass", "saved_run"],
-    ["bn_update", "run"],
-    ["callback"],
-    ["keras", "tfkeras"],
-    ["__init__"],
-]
-FLOOR = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-NEIGHBOURS = {("plan", "schedules")}  # a plan is made of schedules
-FRAMEWORKS = {"plan": set(), "schedules": set(), "__init__": set()} | {
-    "weight_average": {"numpy", "tensorflow"},
+PURE_PYTHON = {"plan/schedules", "plan/messages", "plan/options", "plan/progress", "plan/plan"}
+FRAMEWORKS = {module: set() for module in PURE_PYTHON | {"__init__"}} | {
+    "averaging/weight_average": {"numpy", "tensorflow"},
     "keras": {"keras"},
     "tfkeras": {"tf_keras"},
 }
+MOST_LINES = 300
+
+
+def layers():
+    """The layer of each module, as the package's README tells it."""
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", (PACKAGE / "README.md").read_text(), re.MULTILINE)
+    return {
+        module.removesuffix(".py"): int(layer)
+        for layer, modules in rows
+        for module in re.findall(r"`(.*?)`", modules)
+    }
+
+
+LAYERS = layers()
 
 PRELUDE = """
 import json, sys
@@ -75,8 +76,21 @@ def ask(code, **environment):
     return json.loads(out.stdout.splitlines()[-1])
 
 
+def sources():
+    """The text of each module, by its path in the package without the ending."""
+    return {
+        str(path.relative_to(PACKAGE).with_suffix("")): path.read_text("utf-8")
+        for path in PACKAGE.rglob("*.py")
+    }
+
+
 def trees():
-    return {path.stem: ast.parse(path.read_text("utf-8")) for path in PACKAGE.glob("*.py")}
+    """Each module as a syntax tree; of a folder's own `__init__` there is only a docstring."""
+    parsed = {name: ast.parse(text) for name, text in sources().items()}
+    for name in [name for name in parsed if name.endswith("/__init__")]:
+        (docstring,) = parsed.pop(name).body
+        assert docstring.value.value, f"{name} says what its folder is for, and nothing else"
+    return parsed
 
 
 def imports(tree):
@@ -91,8 +105,11 @@ def imports(tree):
 
 def test_public_names():
     assert swa_dist.__all__ == [
-        "SWA", "WeightAverage", "__version__", "infer_batch_size", "peekable", "update_bn"
+        "SWA", "Plan", "SWAWarning", "WeightAverage", "__version__", "infer_batch_size", "peekable",
+        "update_bn",
     ]  # fmt: skip
+    assert dir(swa_dist) == sorted(swa_dist.__all__)
+    assert issubclass(swa_dist.SWAWarning, UserWarning)
     assert swa_dist.keras.__all__ == ["SWA"]
     assert swa_dist.tfkeras.__all__ == ["SWA"]
     for module in (swa_dist, swa_dist.keras, swa_dist.tfkeras):
@@ -104,7 +121,7 @@ def test_public_names():
 
 
 @pytest.mark.parametrize("kit", KITS, ids=lambda kit: kit.name)
-def test_the_callback_is_one_of_its_keras_with_the_seeds_signature(kit):
+def test_the_callback_has_the_base_of_its_keras_version_and_the_signature_of_keras_swa(kit):
     assert issubclass(kit.SWA, kit.keras.callbacks.Callback)
     parameters = inspect.signature(kit.SWA).parameters.values()
     assert [(p.name, p.default) for p in parameters if p.kind is not p.KEYWORD_ONLY] == [
@@ -143,7 +160,7 @@ def test_every_public_class_and_function_has_a_docstring():
         for node in tree.body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name[0] != "_":
                 public[f"{module}.{node.name}"] = node
-    assert {"plan.Plan", "schedules.cyclic", "callback.SWACallback", "keras.SWA"} <= set(public)
+    assert {"plan/plan.Plan", "plan/schedules.cyclic", "keras.SWA", "run.Run"} <= set(public)
     without = {name for name, node in public.items() if not ast.get_docstring(node)}
     # Those two are given the docstring of the class that they bind.
     assert without == {"keras.SWA", "tfkeras.SWA"}
@@ -151,29 +168,55 @@ def test_every_public_class_and_function_has_a_docstring():
         assert "start_epoch: " in kit.SWA.__doc__
 
 
-def test_every_module_has_its_floor():
-    assert sorted(trees()) == sorted(FLOOR)
+def test_every_module_has_its_layer():
+    assert sorted(trees()) == sorted(LAYERS)
 
 
-@pytest.mark.parametrize("module", sorted(FLOOR))
+@pytest.mark.parametrize("module", sorted(LAYERS))
 def test_imports_run_one_way(module):
     wrong = []
     for name in imports(trees()[module]):
-        root, _, rest = name.partition(".")
+        root, *path = name.split(".")
         if root != "swa_dist":
             continue
-        # `from swa_dist import SWA` is an import of the top floor.
-        imported = rest.partition(".")[0] if rest.partition(".")[0] in FLOOR else "__init__"
-        if FLOOR[imported] >= FLOOR[module] and (module, imported) not in NEIGHBOURS:
+        prefixes = ("/".join(path[:n]) for n in range(len(path), 0, -1))
+        # `from swa_dist import SWA` is an import of the top layer.
+        imported = next((prefix for prefix in prefixes if prefix in LAYERS), "__init__")
+        if LAYERS[imported] >= LAYERS[module]:
             wrong.append(name)
     assert wrong == []
 
 
-@pytest.mark.parametrize("module", sorted(FLOOR))
-def test_a_module_knows_no_framework_above_its_floor(module):
+@pytest.mark.parametrize("module", sorted(LAYERS))
+def test_a_module_imports_no_framework_above_its_layer(module):
     roots = {name.partition(".")[0] for name in imports(trees()[module])}
     foreign = roots - set(sys.stdlib_module_names) - {"swa_dist"}
     assert foreign <= FRAMEWORKS.get(module, {"tensorflow"})
+
+
+def test_no_module_is_too_long_to_be_one_idea():
+    long = {name: n for name, text in sources().items() if (n := text.count("\n")) > MOST_LINES}
+    assert not long
+
+
+def test_every_warning_is_of_the_packages_class():
+    for name, tree in trees().items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+                assert ast.unparse(node.args[1]) == "SWAWarning", f"{name}, line {node.lineno}"
+
+
+def test_a_weight_average_shows_what_is_documented():
+    kit = KITS[0]
+    model = kit.keras.Sequential([kit.keras.layers.Input((3,)), kit.keras.layers.Dense(1)])
+    average = swa_dist.WeightAverage(model)
+    shown = [name for name in dir(average) if not name.startswith("_")]
+    assert shown == [
+        "averaged_weights", "copy_to_model", "get_weights", "n_averaged", "swap", "swapped",
+        "update",
+    ]  # fmt: skip
+    for name in shown:
+        assert inspect.getdoc(getattr(type(average), name))
 
 
 def test_without_the_variable_the_callback_is_keras_3s_and_nothing_is_configured():

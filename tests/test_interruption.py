@@ -202,7 +202,7 @@ def test_the_instance_can_be_copied_and_pickled(kit, phase, validate_average):
     model, swa = build(kit), kit.SWA(2, "constant", validate_average=validate_average, verbose=1)
     run(kit, model, swa, after=[at(kit, PHASES[phase][0], prune, PHASES[phase][1])])
     for copied in (copy.copy(swa), copy.deepcopy(swa), pickle.loads(pickle.dumps(swa))):
-        assert copied.arguments == swa.arguments
+        assert copied.options == swa.options
         assert copied.n_averaged == swa.n_averaged
         assert copied.model is None
         with pytest.raises(RuntimeError, match="outside"), copied.averaged_weights():
@@ -215,7 +215,7 @@ def test_the_instance_can_be_copied_and_pickled(kit, phase, validate_average):
 def test_a_copy_holds_nothing_of_the_run_and_the_next_run_frees_it(kit):
     model, swa = build(kit), kit.SWA(2)
     run(kit, model, swa, after=[at(kit, 4, prune)])
-    average = weakref.ref(swa._run._average)
+    average = weakref.ref(swa._run._state.snapshots.average)
     copied = copy.deepcopy(swa)
     assert len(pickle.dumps(copied)) < 10_000
     with pytest.raises(ValueError, match="leave room"):  # refused, and yet the next run

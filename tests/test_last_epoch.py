@@ -166,9 +166,9 @@ tf_keras_only = pytest.mark.parametrize("kit", KITS[1:], indirect=True, ids=lamb
 
 
 @tf_keras_only
-def test_a_last_epoch_that_goes_on_beyond_its_declared_end_is_warned_of(kit):
+def test_a_last_epoch_that_continues_beyond_its_declared_end_is_warned_of(kit):
     steps, model = seen_by(kit, "on_train_batch_end"), build(kit, norm=False)
-    with pytest.warns(UserWarning, match="Epoch 3 goes on after its end"):
+    with pytest.warns(UserWarning, match="Epoch 3 continues after its end"):
         model.fit(
             growing(kit, [2, 2, 3]), epochs=3, verbose=0, shuffle=False,
             callbacks=[steps, kit.SWA(2)],
@@ -194,7 +194,7 @@ def test_a_stop_that_is_withdrawn_behind_swa_is_warned_of(kit):
     def go_on(model):
         model.stop_training = False
 
-    with pytest.warns(UserWarning, match="Training goes on with epoch 4, from the average"):
+    with pytest.warns(UserWarning, match="Training continues with epoch 4 from the average"):
         _, recorder, swa = run(kit, before=[at(kit, 3, stop)], after=[at(kit, 3, go_on)], epochs=5)
     assert len(recorder.weights) == 5
     assert swa.n_averaged == 4

@@ -40,7 +40,7 @@ def test_early_stopping_is_followed_by_one_epoch_of_bn_pass(kit, n, stopped):
 
 
 @pytest.mark.parametrize("hook", ["on_train_batch_end", "on_test_end"])
-def test_whatever_stops_training_is_seen_in_time(kit, hook):
+def test_any_early_stop_is_noticed_in_time(kit, hook):
     model = build(kit)
     recorder, _, history = fit(kit, model, after=[at(kit, 4, stop, hook)], validation_data=data())
     assert len(history["loss"]) == 5
@@ -84,7 +84,7 @@ def test_without_bn_early_stopping_needs_no_further_epoch(kit):
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_stopped_behind_its_back_swa_delivers_averaged_statistics(kit, n):
+def test_stopped_by_a_later_callback_the_model_has_averaged_statistics(kit, n):
     model = build(kit, mirrored(n))
     kept = Statistics(kit, 2, 3, 4)
     # 20 rows: the shares of the last batch differ from replica to replica.
@@ -129,7 +129,7 @@ def test_stopped_before_the_first_snapshot_the_weights_stay_as_trained(kit, side
     assert_bitwise(kit.trainable(model), recorder.weights[2])
 
 
-def test_stopped_within_the_pass_the_statistics_are_of_the_rows_it_saw(kit, two_replicas):
+def test_stopped_within_the_pass_the_statistics_are_of_the_samples_it_saw(kit, two_replicas):
     model = build(kit, two_replicas)
     recorder, *_ = fit(kit, model, after=[at(kit, 5, stop, "on_train_batch_end")], epochs=5)
     assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][:8]))
@@ -180,7 +180,7 @@ def test_when_no_snapshot_is_finite_a_warning_says_so(kit):
 
 
 @ran_out
-def test_a_replica_without_rows_is_named_as_the_cause_where_it_is(kit, two_replicas):
+def test_a_replica_without_samples_is_named_as_the_cause(kit, two_replicas):
     model = build(kit, two_replicas)
     if kit.name == "tf_keras":  # which trains on
         fit(kit, model, fed=data(9), batch_size=8, epochs=3)

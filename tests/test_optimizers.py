@@ -129,7 +129,7 @@ def test_each_optimizer_follows_the_plan_from_its_own_rate(kit, place, schedule)
 
 
 @pytest.mark.parametrize("replicas", [0, 2])
-def test_all_of_them_stand_still_in_the_bn_pass(kit, replicas):
+def test_no_optimizer_updates_anything_in_the_bn_pass(kit, replicas):
     model = two_nets(kit, mirrored(replicas) if replicas else NO_STRATEGY)
     states, weights = [], []
 
@@ -226,7 +226,7 @@ def bn_then_dense(kit, strategy, optimizer):
 @tf_keras_only
 @pytest.mark.parametrize("replicas", [0, 2])
 @pytest.mark.parametrize("optimizer", TENSORFLOW_1)
-def test_optimizers_of_tensorflow_1_stand_still_in_the_bn_pass(kit, optimizer, replicas):
+def test_optimizers_of_tensorflow_1_update_nothing_in_the_bn_pass(kit, optimizer, replicas):
     strategy = mirrored(replicas) if replicas else NO_STRATEGY
     model, recorded = bn_then_dense(kit, strategy, optimizer), []
     keep = kit.keras.callbacks.LambdaCallback(
@@ -258,7 +258,7 @@ def test_optimizers_of_tensorflow_1_cannot_follow_a_schedule(kit):
 
 
 @tf_keras_only
-def test_one_of_tensorflow_1_in_a_training_step_of_its_own_stands_still(kit):
+def test_one_of_tensorflow_1_in_a_custom_training_step_updates_nothing(kit):
     model = two_nets(kit)
     model.other = tf.compat.v1.train.GradientDescentOptimizer(OTHER)
     weights = []

@@ -13,14 +13,22 @@ import numpy as np
 import pytest
 
 import swa_dist
-from swa_dist.plan import Arguments, Plan
+from swa_dist import Plan
+from swa_dist.plan.options import Options
 from tests.kits import KITS
 
 INITIAL_RATE = 0.5
 
 
 def plan(start_epoch, epochs, has_bn=False, initial_rate=INITIAL_RATE, steps=None, **arguments):
-    return Plan(Arguments(start_epoch, **arguments), epochs, has_bn, initial_rate, steps)
+    return Plan(
+        epochs,
+        start_epoch,
+        **arguments,
+        steps_per_epoch=steps,
+        initial_learning_rate=initial_rate,
+        batch_norm=has_bn,
+    )
 
 
 def snapshots(start_epoch, swa_freq, epochs, has_bn):
@@ -117,7 +125,6 @@ def test_a_quotient_of_epochs_begins_after_as_many_epochs_as_it_says():
         ({"start_epoch": 3, "swa_freq": 3}, 4, False, ["swa_freq=3", "end of epoch 5", "epoch 4"]),
         ({"start_epoch": 2, "swa_freq": 3}, 4, True, ["swa_freq=3", "end of epoch 4", "epoch 3"]),
         ({"start_epoch": 1}, 1, True, ["start_epoch=1", "epoch 1", "epoch 0 is the last"]),
-        ({"start_epoch": 1}, 0, False, ["start_epoch=1", "to epoch 0"]),
     ],
 )
 def test_a_run_without_a_snapshot_is_refused(arguments, epochs, has_bn, words):
@@ -181,7 +188,7 @@ def test_cyclic_without_known_steps_has_one_rate_an_epoch_that_begins_at_the_top
         assert rates == pytest.approx(expected, rel=1e-12)
 
 
-def test_batches_beyond_the_steps_do_not_reach_into_the_next_epochs_share():
+def test_batches_beyond_the_steps_do_not_reach_into_the_next_epochs_part_of_the_cycle():
     p = plan(1, 4, lr_schedule="cyclic", swa_lr=0.1, swa_lr2=0.4, swa_freq=2, steps=3)
     for epoch in range(4):
         last = p.learning_rate(epoch, 2)
@@ -200,12 +207,12 @@ def test_a_numpy_swa_freq_counts_as_an_integer_of_any_size(integer):
     assert [e + 1 for e in range(400) if p.is_snapshot(e)] == list(range(5, 401, 5))
 
 
-def test_automatic_rates_are_shares_of_the_initial_one():
-    p = plan(1, 4, lr_schedule="cyclic", swa_freq=2, initial_rate=0.4)
-    assert p.swa_lr == pytest.approx(0.04, rel=1e-12)
-    assert p.swa_lr2 == pytest.approx(0.04 + 0.25 * 0.36, rel=1e-12)
-    p = plan(1, 4, lr_schedule="cyclic", swa_freq=2, initial_rate=0.4, swa_lr=0.2)
-    assert p.swa_lr2 == pytest.approx(0.25, rel=1e-12)
+def test_automatic_rates_are_fractions_of_the_initial_one():
+    p = plan(1, 4, lr_schedule="cyclic", swa_freq=2, initial_rate=0.4, steps=1)
+    assert p.learning_rate(1) == pytest.approx(0.04, rel=1e-12)
+    assert p.learning_rate(0) == pytest.approx((0.04 + 0.04 + 0.25 * 0.36) / 2, rel=1e-12)
+    p = plan(1, 4, lr_schedule="cyclic", swa_freq=2, initial_rate=0.4, swa_lr=0.2, steps=1)
+    assert p.learning_rate(0) == pytest.approx((0.2 + 0.25) / 2, rel=1e-12)
     p = plan(1, 4, lr_schedule="constant", initial_rate=0.4)
     assert p.learning_rate(3) == pytest.approx(0.04, rel=1e-12)
 
@@ -228,16 +235,22 @@ def test_an_automatic_rate_on_the_wrong_side_of_a_given_one_is_refused(
 
 @pytest.mark.parametrize("lr_schedule", ["constant", "cyclic"])
 def test_a_schedule_needs_a_rate_that_can_be_set(lr_schedule):
+    options = Options(1, lr_schedule, swa_freq=2)
     with pytest.raises(ValueError, match=r"^`lr_schedule` must be 'manual'") as error:
-        plan(1, 4, lr_schedule=lr_schedule, swa_freq=2, initial_rate=None)
+        options.check_initial_rate(None, "")
     for word in ("LearningRateSchedule", f"Received: lr_schedule='{lr_schedule}'"):
         assert word in str(error.value)
+    with pytest.raises(ValueError, match=r"learning rate is 0.* That is the model's `critic`\.$"):
+        options.check_initial_rate(0.0, "critic")
+    options.check_initial_rate(0.1, "")
+    Options(1).check_initial_rate(None, "")  # "manual" needs none
 
 
 def test_plan_and_schedules_import_no_framework():
     code = """if True:
         import json, sys
-        import swa_dist.plan, swa_dist.schedules
+        import swa_dist
+        print(swa_dist.Plan(60, 45), file=sys.stderr)
         print(json.dumps(sorted(set(sys.modules) & {"tensorflow", "keras", "tf_keras", "numpy"})))
     """
     root = Path(swa_dist.__file__).parents[1]
@@ -249,8 +262,9 @@ def test_plan_and_schedules_import_no_framework():
 
 
 def test_a_plan_prints_as_a_table():
-    arguments = Arguments(45, "cyclic", swa_lr=0.001, swa_lr2=0.003, swa_freq=3)
-    assert str(arguments.plan(60, 390, learning_rate=0.1)).splitlines() == [
+    p = Plan(*(60, 45, "cyclic", 0.001, 0.003, 3), steps_per_epoch=390, initial_learning_rate=0.1)
+    assert repr(p) == str(p)  # as a notebook shows it
+    assert str(p).splitlines() == [
         "epochs    what happens            learning rate",
         "1 to 23   training                0.1",
         "24 to 40  training                0.09438 to 0.004375",
@@ -262,15 +276,15 @@ def test_a_plan_prints_as_a_table():
 
 
 def test_a_printed_plan_says_what_depends_on_a_rate_it_was_not_told():
-    assert str(Arguments(4, "constant").plan(5, batch_norm=False)).splitlines() == [
+    assert str(Plan(5, 4, "constant", batch_norm=False)).splitlines() == [
         "epochs  what happens            learning rate",
         "1 to 2  training                ?",
         "3       training                ?",
         "4 to 5  training and averaging  ?",
         "snapshots (2): at the end of epoch 4, 5",
-        "?: depends on the optimizer's rate; give it as `learning_rate`",
+        "?: depends on the optimizer's learning rate, which was not given",
     ]
-    lines = str(Arguments(4, "constant", swa_lr=0.01).plan(5)).splitlines()
+    lines = str(Plan(5, 4, "constant", swa_lr=0.01)).splitlines()
     assert lines[3:5] == [
         "4       training and averaging  0.01",
         "5       BN pass of the average  0",
@@ -278,7 +292,7 @@ def test_a_printed_plan_says_what_depends_on_a_rate_it_was_not_told():
 
 
 def test_a_printed_plan_of_a_rate_that_is_left_alone():
-    assert str(Arguments(0.5).plan(4)).splitlines() == [
+    assert str(Plan(4, 0.5)).splitlines() == [
         "epochs  what happens            learning rate",
         "1 to 2  training                yours",
         "3       training and averaging  yours",
@@ -293,7 +307,7 @@ def test_a_printed_plan_agrees_with_its_answers():
     ):
         schedule = "constant" if freq == 1 else "cyclic"
         try:
-            p = Arguments(start_epoch, schedule, swa_freq=freq).plan(epochs, 3, 0.5, has_bn)
+            p = plan(start_epoch, epochs, has_bn, 0.5, 3, lr_schedule=schedule, swa_freq=freq)
         except ValueError:
             continue
         told = {}
@@ -323,21 +337,20 @@ def test_a_run_that_stops_early_has_its_bn_pass_in_the_next_epoch():
     ("argument", "value"),
     [(a, v) for a in ("epochs", "steps_per_epoch") for v in (0, -1, 1.0, "3", True)]
     + [("epochs", None)]
-    + [("learning_rate", v) for v in (0, -0.1, float("nan"), "0.1", True)]
+    + [("initial_learning_rate", v) for v in (0, -0.1, float("nan"), "0.1", True)]
     + [("batch_norm", v) for v in (None, 1, "yes")],
 )
 def test_a_plan_of_what_cannot_be_is_refused(argument, value):
     with pytest.raises(
         ValueError, match=f"^`{argument}` must be .* Received: {argument}={value!r}"
     ):
-        Arguments(2).plan(**{"epochs": 5, argument: value})
+        Plan(**{"epochs": 5, "start_epoch": 2, argument: value})
 
 
 @pytest.mark.parametrize("kit", KITS, ids=lambda kit: kit.name)
 def test_the_callback_tells_its_plan(kit):
     arguments = {"lr_schedule": "cyclic", "swa_lr": 0.1, "swa_lr2": 0.4, "swa_freq": 2}
     told = kit.SWA(3, **arguments).plan(8, steps_per_epoch=3, learning_rate=0.5)
-    assert told == Arguments(3, **arguments).plan(8, 3, 0.5, True)
     assert told == plan(3, 8, has_bn=True, initial_rate=0.5, steps=3, **arguments)
 
 
@@ -345,11 +358,11 @@ def test_the_callback_tells_its_plan(kit):
 @pytest.mark.parametrize("start", [1, 2, 5, 0.5])
 @pytest.mark.parametrize("freq", [1, 2, 3])
 def test_snapshots_are_the_epochs_that_end_with_one(start, freq, has_bn):
-    p = Arguments(start, swa_freq=freq).plan(13, batch_norm=has_bn)
+    p = Plan(13, start, swa_freq=freq, batch_norm=has_bn)
     for first in range(14):
         for end in range(14):
             listed = [epoch for epoch in range(first, end) if p.is_snapshot(epoch)]
-            assert list(p.snapshots(first, end)) == listed
+            assert list(p.snapshot_epochs(first, end)) == listed
 
 
 @pytest.mark.parametrize("schedule", ["manual", "constant", "cyclic"])
@@ -373,9 +386,9 @@ def test_a_plan_costs_no_more_for_ten_million_epochs(schedule):
 
     for start in (2, 0.75, 10**7 - 2):
         Counted.asked = 0
-        p = Counted(Arguments(start, schedule, swa_freq=2), 10**7, True, 0.1)
+        p = Counted(10**7, start, schedule, swa_freq=2, initial_learning_rate=0.1)
         lines = str(p).splitlines()
         p.check_first_epoch(10**6 if start != 2 else 5)
-        assert len(p.snapshots(0, 10**7)) == (10**7 - p.start_epoch) // 2
+        assert len(p.snapshot_epochs(0, 10**7)) == (10**7 - p.start_epoch) // 2
         assert Counted.asked < 1000
         assert lines[-2].split()[0] == "10000000"

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from swa_dist.schedules import annealed, cyclic
+from swa_dist.plan.schedules import annealed, cyclic
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.backup import Backup
-from swa_dist.bn_average import BatchNormAverage
-from swa_dist.replicas import is_chief
+from swa_dist.averaging.bn_average import BatchNormAverage
+from swa_dist.distribution import is_chief
+from swa_dist.resume.checkpoints import Checkpoints
 from tests.fits import at, build, data, fit, norm_of, stop
 from tests.kits import rows
 from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
@@ -70,7 +70,7 @@ def test_each_replica_averages_its_own_copy(strategy):
 
 def test_the_average_is_saved_and_taken_up_again(strategy, tmp_path):
     variables = mirrored_variables(strategy, ["float32"] * 4)
-    average, backup = average_of(variables, strategy), Backup(tmp_path, is_chief(strategy))
+    average, backup = average_of(variables, strategy), Checkpoints(tmp_path, is_chief(strategy))
     for v in variables:
         v.assign(tf.ones_like(v))
     average.update()
@@ -92,7 +92,7 @@ def test_the_average_is_saved_and_taken_up_again(strategy, tmp_path):
 
 
 @pytest.mark.parametrize("size", [4, 32, 128])
-def test_statistics_of_rows_are_pooled(strategy, size):
+def test_statistics_of_positions_are_pooled(strategy, size):
     x = skewed(128, 5)
     with strategy.scope():
         norm = layer([5])

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import swa_dist.bn_observers
-import swa_dist.bn_statistics
-from swa_dist.bn_update import update_bn
-from swa_dist.data import infer_batch_size, peekable
+from swa_dist import infer_batch_size, peekable, update_bn
+from swa_dist.batch_norm import hooks
+from swa_dist.batch_norm.statistics import BatchNormStatistics
 from tests.conftest import mirrored, with_renorm
 from tests.kits import rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance
@@ -165,7 +164,7 @@ def test_one_answer_however_the_data_is_cut(kit, strategy):
         kit.assert_replicas_agree(model)
 
 
-def test_replicas_without_rows_and_batches_without_rows(kit, four_replicas):
+def test_replicas_and_batches_without_samples(kit, four_replicas):
     model = build(kit, four_replicas, norms=1)
     fed = np.split(X, np.cumsum([0, 1, 0, 5, 3]))
     assert update_bn(model, iter(fed)) == 38
@@ -224,7 +223,7 @@ def test_layers_that_do_not_train_keep_what_they_have(kit, two_replicas):
     assert not np.array_equal(kit.array(live.moving_mean), kit.array(frozen.moving_mean))
 
 
-def test_without_live_layers_nobody_touches_the_data(kit):
+def test_without_trainable_layers_the_data_is_not_read(kit):
     model = build(kit)
     model.trainable = False
     assert update_bn(model, iter(lambda: pytest.fail("touched"), None)) == 0
@@ -401,7 +400,7 @@ def test_text(kit):
         assert_statistics(kit, model.layers[-1], rows(embedded))
 
 
-def test_one_row(kit, two_replicas):
+def test_one_sample(kit, two_replicas):
     model = build(kit, two_replicas, norms=1)
     assert update_bn(model, X[:1]) == 1
     for mean, variance in zip(
@@ -509,7 +508,7 @@ class AccidentError(Exception):
 
 
 @pytest.mark.parametrize(("error", "after"), [(AccidentError, 0), (KeyboardInterrupt, 2)])
-def test_an_accident_in_the_data_changes_nothing(kit, four_replicas, error, after):
+def test_an_exception_in_the_data_changes_nothing(kit, four_replicas, error, after):
     model = build(kit, four_replicas)
     shift(kit, model)
     before = copies(kit, model)
@@ -525,7 +524,7 @@ def test_an_accident_in_the_data_changes_nothing(kit, four_replicas, error, afte
 
 
 @pytest.mark.parametrize("where", ["forward", "pool"])
-def test_an_accident_in_the_pass_changes_nothing(kit, two_replicas, where, monkeypatch):
+def test_an_exception_in_the_pass_changes_nothing(kit, two_replicas, where, monkeypatch):
     with two_replicas.scope():
         fragile, healthy = kit.fragile()
     make = kit.keras.layers.BatchNormalization
@@ -543,9 +542,9 @@ def test_an_accident_in_the_pass_changes_nothing(kit, two_replicas, where, monke
         original(self)
         raise KeyboardInterrupt
 
-    original = swa_dist.bn_statistics.BatchNormStatistics.pool
+    original = BatchNormStatistics.pool
     if where == "pool":
-        monkeypatch.setattr(swa_dist.bn_statistics.BatchNormStatistics, "pool", interrupted)
+        monkeypatch.setattr(BatchNormStatistics, "pool", interrupted)
     with pytest.raises(tf.errors.OpError if where == "forward" else KeyboardInterrupt):
         update_bn(model, data())
     assert_bitwise(copies(kit, model), before)
@@ -553,7 +552,7 @@ def test_an_accident_in_the_pass_changes_nothing(kit, two_replicas, where, monke
 
 
 def assert_nothing_is_left_behind(kit, model):
-    assert not swa_dist.bn_observers._OBSERVERS
+    assert not hooks._OBSERVERS
     for cls in kit.keras.layers.BatchNormalization.__mro__:
         assert not hasattr(vars(cls).get("call"), "__wrapped__")
     for layer in model._flatten_layers():
@@ -574,7 +573,7 @@ def test_no_data_is_an_error_and_changes_nothing(kit, two_replicas, data):
     model = build(kit, two_replicas)
     shift(kit, model)
     before = copies(kit, model)
-    with pytest.raises(ValueError, match=r"`data` must have rows. Received: \d batches"):
+    with pytest.raises(ValueError, match=r"`data` must have samples. Received: \d batches"):
         update_bn(model, data())
     assert_bitwise(copies(kit, model), before)
 
@@ -631,7 +630,7 @@ def test_data_without_end_needs_steps(kit, two_replicas, data):
         ({"batch_size": 0}, r"`batch_size` must be an integer >= 1, or None. Received: batch_"),
         ({"verbose": 2}, r"`verbose` must be 0 or 1. Received: verbose=2"),
         ({"data": dataset((X,)), "batch_size": 8}, r"`batch_size` is for arrays"),
-        ({"data": (X, Y[1:])}, r"equally many rows. Received: \[38, 37\]"),
+        ({"data": (X, Y[1:])}, r"equally many samples. Received: \[38, 37\]"),
         ({"data": (X, Y, WEIGHTS, X)}, r"Received: a tuple of 4. Put several inputs into"),
         ({"data": tf.data.Dataset.range(3)}, r"The inputs in a batch .* an array, .*tf.Tensor"),
     ],
@@ -685,7 +684,7 @@ def test_a_call_that_cannot_be_observed_is_warned_of(kit):
     assert_bitwise(kit.statistics(norm), before)
 
 
-def test_of_two_kerases_the_models_own_is_found(kit, monkeypatch):
+def test_the_models_own_keras_version_is_found(kit, monkeypatch):
     other = {"keras3": "tf_keras", "tf_keras": "keras"}[kit.name]
     monkeypatch.delitem(sys.modules, other)
     assert update_bn(build(kit), X) == 38

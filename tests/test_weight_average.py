@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from swa_dist.weight_average import WeightAverage
+from swa_dist import WeightAverage
 from tests.tolerances import RELATIVE, RELATIVE_OF_HUNDREDS, assert_bitwise, assert_weights
 
 SHAPES = [(7, 5), (5,), (), (3, 2, 4)]
@@ -225,7 +225,7 @@ def random_weights(strategy, variables, generator):
 
 
 @pytest.mark.parametrize("swaps", [False, True])
-def test_hundreds_of_updates_whatever_the_buffers_hold(two_replicas, swaps):
+def test_hundreds_of_updates_in_each_form_of_the_buffers(two_replicas, swaps):
     """Sums at first, means later; and means at any time, once the average was in the model."""
     variables = mirrored_variables(two_replicas, ["float32", "bfloat16", "float64", "float32"])
     average = average_of(variables, two_replicas)
@@ -446,7 +446,7 @@ def awaited(operation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["_settle", "_swap_in", "_swap_out", "_copy"])
+@pytest.mark.parametrize("name", ["_normalize", "_swap_in", "_swap_out", "_copy"])
 def test_weights_and_average_are_exchanged_and_copied_one_variable_at_a_time(strategy, name, dtype):
     """A replica touches none before it has written the one ahead: one at a time is there twice.
 
@@ -520,13 +520,13 @@ def test_an_update_compiles_under_xla():
     assert average.n_averaged == 1
 
 
-def test_what_follows_a_settled_average_is_what_follows_a_swap(two_replicas):
+def test_a_normalized_average_continues_like_one_that_was_swapped(two_replicas):
     results = []
-    for change in ("settle", "swap"):
+    for change in ("normalize", "swap"):
         variables = mirrored_variables(two_replicas, ["float32"] * len(SHAPES))
         average = average_of(variables, two_replicas)
         with pytest.raises(RuntimeError, match="no average yet"):
-            average.settle()
+            average.normalize()
         rng = np.random.default_rng(3)
         for number in range(1, 12):
             for v in variables:
@@ -535,7 +535,7 @@ def test_what_follows_a_settled_average_is_what_follows_a_swap(two_replicas):
             before = average.get_weights()
             getattr(average, change)()
             if change == "swap":
-                average.settle()  # which leaves what is in the model alone
+                average.normalize()  # which leaves what is in the model alone
                 average.swap()
             assert_bitwise(average.get_weights(), before)
             assert average.n_averaged == number

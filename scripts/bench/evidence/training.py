@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from scripts.bench.evidence.settings import Case, Json, Settings
 from scripts.bench.peers import keras_swa_callback
 from scripts.demo import build_model
-from swa_dist import update_bn
-from swa_dist.plan import Plan
-from swa_dist.schedules import annealed
+from swa_dist import Plan, update_bn
+from swa_dist.plan.schedules import annealed
 from swa_dist.tfkeras import SWA
 
 LOWEST_SHARE = 0.01  # of the initial rate, at the end of SGD's schedule: the paper's

@@ -1,0 +1,139 @@
+"""The average of a whole model: of its weights, and of its batch normalization statistics."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from swa_dist.averaging.bn_average import BatchNormAverage
+from swa_dist.averaging.weight_average import WeightAverage
+from swa_dist.batch_norm.layer import BatchNormLayer
+from swa_dist.protocols import Model
+from swa_dist.training.patches import before_training, before_writing
+
+
+class ModelAverage:
+    """The average of a model over its snapshots, which the model can carry for a while.
+
+    While the model carries the average, its weights may be written by:
+
+    | writer | effect |
+    |---|---|
+    | the training step | the trained weights are restored first |
+    | `set_weights`, `load_weights`, a variable's `assign` | the trained weights are restored first, then the new values are assigned, and stay |
+    | what escapes these, such as `tf.train.Checkpoint.restore` | within the run, the values become the average at its next hook; if the model trains before, they stay, and the average is lost |
+    | anything within `averaged` | the values become the average, or are dropped: see `WeightAverage.averaged_weights` |
+
+    Args:
+        model: A built Keras model.
+        layers: Its trainable BN layers.
+
+    Attributes:
+        weights: The average of the weights.
+        is_lost: Whether the average was overwritten in the model, and the trained weights with it.
+
+    Raises:
+        ValueError: See `WeightAverage`.
+
+    Distribution:
+        Everything in cross-replica context, on every worker.
+    """  # noqa: E501
+
+    def __init__(self, model: Model, layers: Sequence[BatchNormLayer]) -> None:
+        self._model = model
+        self.weights = WeightAverage(model)
+        self._statistics = BatchNormAverage(layers, model.distribute_strategy)
+        self._carrying = contextlib.ExitStack()
+        self._fingerprint: list[bytes] = []
+        self.is_lost = False
+
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """What a `tf.train.Checkpoint` takes of it: the average, and nothing of the model."""
+        return {"weights": self.weights, "batch_norm": self._statistics}
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """What is averaged, in words: buffers of another layout cannot be restored."""
+        return {**self.weights.layout, **self._statistics.layout}
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether the model has the average for a while, and the buffers its own weights."""
+        return self.weights.swapped
+
+    def update(self) -> bool:
+        """Take a snapshot; return whether it was finite. One that is not is left out."""
+        n_averaged = self.weights.n_averaged
+        self.weights.update()
+        if self.weights.n_averaged == n_averaged:
+            return False
+        self._statistics.update()
+        return True
+
+    def copy_to_model(self) -> None:
+        """Give the average to the model, for good."""
+        self.weights.copy_to_model()
+        self._statistics.copy_to_model()
+
+    def carry(self) -> None:
+        """Put the average into the model, until it trains again or other weights are written.
+
+        Training then continues from its own weights, or from what was written, with or without the
+        run that this average belongs to: no hook is called when an exception ends `fit`.
+        """
+        self._swap_in()
+        self._fingerprint = self._fingerprint_of_model()
+        # No context manager here, which the garbage collector would close after an exception.
+        self._carrying.enter_context(before_training(self._model, self._before_training))
+        self._carrying.enter_context(
+            before_writing(self._model, self._variables, self.end_carrying)
+        )
+
+    def end_carrying(self) -> None:
+        """Give the model back what it had before `carry`, bitwise, if it carries the average."""
+        self._carrying.close()
+        if not self.is_lost:
+            self._swap_out()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the average in the model while open; afterwards all is bitwise as it was.
+
+        Within itself, and while the model carries the average, it does nothing more.
+        """
+        if self.is_carried:
+            yield
+            return
+        try:
+            self._swap_in()
+            yield
+        finally:
+            self._swap_out()
+
+    def _before_training(self) -> None:
+        if self._fingerprint_of_model() == self._fingerprint:
+            self.end_carrying()
+        else:
+            self._carrying.close()
+            self.is_lost = True
+
+    def _swap_in(self) -> None:
+        self._statistics.remember()
+        self.weights.swap()
+        self._statistics.copy_to_model()
+
+    def _swap_out(self) -> None:
+        if self.weights.swapped:
+            self._statistics.restore()
+            self.weights.swap()
+
+    @property
+    def _variables(self) -> list[tf.Variable]:
+        return [*self.weights.weights, *self._statistics.variables]
+
+    def _fingerprint_of_model(self) -> list[bytes]:
+        local = self._model.distribute_strategy.experimental_local_results
+        values = (tf.reshape(local(v)[0], [1, -1]) for v in self._variables)
+        return [tf.fingerprint(value).numpy().tobytes() for value in values]

@@ -1,0 +1,1 @@
+"""Exact batch normalization statistics: observed in each layer, pooled, recomputed in one pass."""

@@ -1,0 +1,132 @@
+"""The callback's options, checked for all that can be known without a model. Pure Python."""
+
+import math
+import numbers
+import os
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+LR_SCHEDULES = ("manual", "constant", "cyclic")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `SWA`, which documents them.
+
+    Raises:
+        ValueError: An argument has the wrong type or is out of range, or two contradict each
+            other. The message names the argument, the rule and what was received.
+    """
+
+    start_epoch: int | float
+    lr_schedule: str = "manual"
+    swa_lr: float | str = "auto"
+    swa_lr2: float | str = "auto"
+    swa_freq: int = 1
+    batch_size: int | None = None
+    verbose: int = 0
+    backup_dir: str | os.PathLike | None = None
+    validate_average: bool = False
+    bn_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        fraction = is_real(self.start_epoch) and 0 < self.start_epoch < 1
+        if not fraction and not is_integer(self.start_epoch, at_least=1):
+            self._refuse(
+                "start_epoch",
+                "an integer >= 1 (epochs count from 1), or a float between 0 and 1: the fraction "
+                "of `epochs` after which averaging begins",
+            )
+        if not isinstance(self.lr_schedule, str) or self.lr_schedule not in LR_SCHEDULES:
+            self._refuse("lr_schedule", "one of " + ", ".join(map(repr, LR_SCHEDULES)))
+        for name in ("swa_lr", "swa_lr2"):
+            value = getattr(self, name)
+            if value == "auto" if isinstance(value, str) else is_real(value) and value > 0:
+                continue
+            self._refuse(name, "a finite number > 0, or 'auto'")
+        if not is_integer(self.swa_freq, at_least=1):
+            self._refuse("swa_freq", "an integer >= 1")
+        if self.batch_size is not None and not is_integer(self.batch_size, at_least=1):
+            self._refuse("batch_size", "None or an integer >= 1: the global batch size")
+        if not isinstance(self.verbose, numbers.Integral) or self.verbose not in (0, 1):
+            self._refuse("verbose", "0 or 1")
+        if self.backup_dir is not None and not (
+            isinstance(self.backup_dir, str | os.PathLike)
+            and isinstance(os.fspath(self.backup_dir), str)
+            and os.fspath(self.backup_dir)
+        ):
+            self._refuse("backup_dir", "None or the path of a folder")
+        if not isinstance(self.validate_average, bool):
+            self._refuse("validate_average", "True or False")
+        if self.bn_steps is not None and not is_integer(self.bn_steps, at_least=1):
+            self._refuse("bn_steps", "None or an integer >= 1: batches of the BN pass")
+        if self.lr_schedule == "cyclic" and self.swa_freq == 1:
+            self._refuse(
+                "swa_freq",
+                "an integer >= 2 with lr_schedule='cyclic': it is the length of a cycle in epochs",
+            )
+        if self.lr_schedule == "cyclic" and "auto" not in (self.swa_lr, self.swa_lr2):
+            check_order(float(self.swa_lr), float(self.swa_lr2))
+
+    def check_initial_rate(self, rate: float | None, optimizer: str) -> None:
+        """Refuse a schedule for an optimizer that it cannot steer.
+
+        Args:
+            rate: The optimizer's learning rate before training; None: it cannot be set.
+            optimizer: Which one it is, for the message; empty if there is only one.
+
+        Raises:
+            ValueError: The rate cannot be set, or is 0.
+        """
+        if self.lr_schedule == "manual" or (rate is not None and rate > 0):
+            return
+        which = f" That is the model's `{optimizer}`." if optimizer else ""
+        if rate is None:
+            self._refuse(
+                "lr_schedule",
+                "'manual' for an optimizer whose `learning_rate` is not a number that can be set, "
+                "such as a LearningRateSchedule; give the optimizer a number, or leave the "
+                "schedule to it",
+                which,
+            )
+        self._refuse(
+            "lr_schedule",
+            "'manual' for an optimizer whose learning rate is 0: a schedule starts from it",
+            which,
+        )
+
+    def _refuse(self, name: str, rule: str, more: str = "") -> NoReturn:
+        received = f"Received: {name}={getattr(self, name)!r}."
+        raise ValueError(f"`{name}` must be {rule}. {received}{more}")
+
+
+def check_order(swa_lr: float, swa_lr2: float) -> None:
+    """Refuse a cycle that would rise.
+
+    Raises:
+        ValueError: With both rates.
+    """
+    if swa_lr2 < swa_lr:
+        raise ValueError(
+            "`swa_lr2` must be at least `swa_lr`: a cycle falls from the one to the other. "
+            f"Received: swa_lr2={swa_lr2!r}, swa_lr={swa_lr!r}."
+        )
+
+
+def is_integer(value: Any, at_least: int) -> bool:
+    """Return whether a value is an integer, of Python or NumPy, and large enough."""
+    return (
+        isinstance(value, numbers.Integral)
+        and not isinstance(value, bool)
+        and int(value) >= at_least
+    )
+
+
+def is_real(value: Any) -> bool:
+    """Return whether a value is a finite real number, of Python or NumPy."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False

@@ -1,0 +1,1 @@
+"""What outlives an interruption, and where a run starts."""
