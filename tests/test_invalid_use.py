@@ -50,7 +50,8 @@ def test_a_run_that_another_callback_ended_at_its_beginning_can_be_begun_again(k
 def test_an_instance_in_a_fit_within_its_own_fit_is_refused(kit):
     swa, inner, outer = kit.SWA(2), build(kit), build(kit)
     nested = at(kit, 2, lambda _: inner.fit(*data(), epochs=4, verbose=0, callbacks=[swa]))
-    with pytest.raises(RuntimeError, match="has been used in another `fit` while this one was running"):
+    message = "has been used in another `fit` while this one was running"
+    with pytest.raises(RuntimeError, match=message):
         outer.fit(*data(), epochs=4, verbose=0, callbacks=[nested, swa])
 
 
