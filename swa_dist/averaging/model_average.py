@@ -83,13 +83,17 @@ class ModelAverage:
         Training then continues from its own weights, or from what was written, with or without the
         run that this average belongs to: no hook is called when an exception ends `fit`.
         """
-        self._swap_in()
-        self._fingerprint = self._fingerprint_of_model()
-        # No context manager here, which the garbage collector would close after an exception.
-        self._carrying.enter_context(before_training(self._model, self._before_training))
-        self._carrying.enter_context(
-            before_writing(self._model, self._variables, self.end_carrying)
-        )
+        try:
+            self._swap_in()
+            self._fingerprint = self._fingerprint_of_model()
+            # No context manager here, which the garbage collector would close after an exception.
+            self._carrying.enter_context(before_training(self._model, self._before_training))
+            self._carrying.enter_context(
+                before_writing(self._model, self._variables, self.end_carrying)
+            )
+        except BaseException:  # Ctrl-C, say: nothing would give the weights back
+            self.end_carrying()
+            raise
 
     def end_carrying(self) -> None:
         """Give the model back what it had before `carry`, bitwise, if it carries the average."""

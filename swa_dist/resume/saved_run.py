@@ -184,7 +184,9 @@ class SavedRun:
         steps = self._keras_api.update_count(self._model)
         # The weights, if they are saved, are new with each step.
         news = {**content, "update_count": steps} if self._with_weights else content
-        if self._record and news.items() <= self._record.items():
+        # Without a count of updates, the weights may be new each time.
+        uncounted = self._with_weights and not steps
+        if self._record and not uncounted and news.items() <= self._record.items():
             return
         record = {
             **content,
