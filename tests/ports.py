@@ -4,7 +4,7 @@ import contextlib
 import os
 import socket
 
-# A server shares its port with whoever keeps it only if told to; so do those of child processes.
+# A server shares its port with the socket that keeps it only if told to; also in child processes.
 os.environ["TF_GRPC_REUSE_PORT"] = "1"
 
 

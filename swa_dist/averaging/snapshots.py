@@ -2,7 +2,7 @@
 
 from swa_dist.averaging.model_average import ModelAverage
 from swa_dist.keras_api import KerasAPI
-from swa_dist.model_checks import check_strategy, trainable_variables
+from swa_dist.model_checks import trainable_variables
 from swa_dist.protocols import Model
 
 
@@ -50,7 +50,6 @@ class Snapshots:
             ValueError: It has none, or they are not those of the model's strategy.
         """
         model = self._model
-        check_strategy(model.distribute_strategy, trainable_variables(model))
         self._average = ModelAverage(model, self._keras_api.trainable_batch_norm(model))
         self._weight_names = self._keras_api.weight_names(model)  # later some may be frozen
 
