@@ -77,7 +77,7 @@ class SWACallback(_Callback):
     Raises:
         ValueError: An argument is out of range, or does not suit the model or its optimizers.
             Raised at construction or at the beginning of `fit`, before the first batch; for a model
-            that `fit` builds, after its first step at the latest.
+            that `fit` builds, or one of several optimizers, after the first step at the latest.
         TypeError: The model is one of the other Keras version.
         RuntimeError: Eager execution was disabled.
         OSError: `backup_dir` cannot be written to, or another run uses it.
@@ -130,6 +130,7 @@ class SWACallback(_Callback):
         self._last_progress = Progress()
         self._optimizers_before: InitialOptimizers | None = None
         self._run: Run | None = None
+        self._is_in_other_loop = False  # of `evaluate` or `predict`
 
     @property
     def n_averaged(self) -> int:
@@ -222,6 +223,7 @@ class SWACallback(_Callback):
         self.keras_api.check_model(model)
         super().set_model(model)
         self._optimizers_before = self._optimizers_now()
+        self._is_in_other_loop = True  # unless training begins
 
     def on_train_begin(self, logs: Any = None) -> None:
         params = getattr(self, "params", None) or {}
@@ -237,6 +239,7 @@ class SWACallback(_Callback):
                 "Received: a second one."
             )
         params[_MARK] = True
+        self._is_in_other_loop = False
         self._run = None  # of a `fit` that an exception has ended
         # A CallbackList that serves several fits sets the model once, before the first.
         before = self._optimizers_before or self._optimizers_now()
@@ -256,8 +259,14 @@ class SWACallback(_Callback):
             self._run.end_batch()
 
     def on_test_begin(self, logs: Any = None) -> None:
-        if self._run:
+        if self._run and not self._is_in_other_loop:
             self._run.begin_test()
+
+    def on_test_end(self, logs: Any = None) -> None:
+        self._is_in_other_loop = False
+
+    def on_predict_end(self, logs: Any = None) -> None:
+        self._is_in_other_loop = False
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         self._running.end_epoch(epoch, logs)

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.batch_norm.layer import BatchNormLayer
-from swa_dist.model_checks import is_differentiable, tensorflow_variable
+from swa_dist.model_checks import is_differentiable, tensorflow_variable, trainable_variables
 from swa_dist.plan import messages
 from swa_dist.plan.messages import SWAWarning
 from swa_dist.protocols import Model
@@ -118,8 +118,13 @@ class KerasAPI:
 
     def has_batch_norm(self, model: Model) -> bool:
         """Return whether a model has BN layers that training updates, or would once it is built."""
-        layers = self._find_trainable_batch_norm(model)
-        return any(layer.built or not model.built for layer in layers)
+        # Some models say that they are built before they are.
+        is_built = model.built and bool(model.variables)
+        return any(layer.built or not is_built for layer in self._find_trainable_batch_norm(model))
+
+    def has_all_weights(self, model: Model) -> bool:
+        """Return whether a model and all layers in it are built."""
+        return all(layer.built for layer in _flatten_layers(model))
 
     def _find_trainable_batch_norm(self, model: Model) -> Iterator[Any]:
         for layer in _flatten_layers(model):
@@ -139,7 +144,11 @@ class KerasAPI:
 
         Each has the name of its attribute, after the name of a model within the model.
         """
-        found: dict[int, tuple[str, Any]] = {}
+        return {name: optimizer for name, (_, optimizer) in self._optimizers(model).items()}
+
+    def _optimizers(self, model: Model) -> dict[str, tuple[Any, Any]]:
+        """Return the models that have optimizers, each with its optimizer, by its name."""
+        found: dict[int, tuple[str, Any, Any]] = {}
         for layer in _flatten_layers(model):
             if isinstance(layer, self._module.Model):
                 prefix = "" if layer is model else f"{layer.name}."
@@ -148,22 +157,28 @@ class KerasAPI:
                     # tf_keras wraps optimizers of TensorFlow 1 in a class without public name.
                     compiled = name == "optimizer" and hasattr(value, "apply_gradients")
                     if compiled or isinstance(value, self._optimizer_types):
-                        found.setdefault(id(value), (prefix + name, value))
-        named: dict[str, Any] = {}
-        for name, optimizer in found.values():  # several models may have the same name
-            named[name if name not in named else f"{name} ({len(named)})"] = optimizer
+                        found.setdefault(id(value), (prefix + name, layer, value))
+        named: dict[str, tuple[Any, Any]] = {}
+        for name, *owned in found.values():  # several models may have the same name
+            named[name if name not in named else f"{name} ({len(named)})"] = tuple(owned)
         return named
 
     def step_optimizers(self, model: Model) -> StepOptimizers:
         """Return the optimizers that a model's training step may use."""
         optimizer = getattr(model, "optimizer", None)
-        own = {} if optimizer is None else {"optimizer": optimizer}
+        own = {} if optimizer is None else {"optimizer": (model, optimizer)}
         step = getattr(model.train_step, "__func__", model.train_step)
         is_default = getattr(step, "__module__", "").startswith(f"{self._module.__name__}.")
-        optimizers = own if is_default else self.optimizers(model) or own
-        return StepOptimizers(
-            {name: OptimizerLearningRate(o, self._schedule_type) for name, o in optimizers.items()}
-        )
+        optimizers = own if is_default else self._optimizers(model) or own
+        rates = {
+            n: OptimizerLearningRate(o, self._schedule_type) for n, (_, o) in optimizers.items()
+        }
+        frozen = {
+            name
+            for name, (owner, _) in optimizers.items()
+            if owner.built and not trainable_variables(owner)
+        }
+        return StepOptimizers(rates, frozen)
 
     def update_count(self, model: Model) -> int | None:
         """Return how many steps the model's optimizer has made.

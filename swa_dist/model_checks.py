@@ -56,6 +56,14 @@ def tensorflow_variable(variable: Any) -> tf.Variable:
     return variable if callable(value) else value
 
 
+def last_restore(variable: Any) -> int:
+    """Return a number that changes whenever a `tf.train.Checkpoint` restores the variable.
+
+    Private for want of a public name. Checked with TensorFlow 2.16 and 2.21, Keras 3.10 and 3.15.
+    """
+    return getattr(variable, "_update_uid", -1)
+
+
 def is_differentiable(variable: Any) -> bool:
     """Return whether a gradient can reach a variable, of either Keras: none reaches a counter."""
     dtype = tf.as_dtype(variable.dtype)

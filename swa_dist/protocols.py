@@ -17,8 +17,12 @@ class Model(Protocol):
     make_train_function: Callable[..., Any]
 
     @property
-    def trainable_variables(self) -> list[Any]:
+    def variables(self) -> list[Any]:
         """Variables, of Keras 3 or TensorFlow."""
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """Those that training changes."""
 
     @property
     def distribute_strategy(self) -> tf.distribute.Strategy:

@@ -39,7 +39,6 @@ class Run:
         self._bn_pass: BatchNormPass | None = None
         self._is_first_step = True
         self._is_last_batch = False
-        self._steps_per_execution = 1
         self._average_is_final = False
         if state.plan.batch_norm:
             state.print(messages.HAS_BATCH_NORM)
@@ -64,7 +63,6 @@ class Run:
             state.rates.optimizers = self._keras_api.step_optimizers(self._model)  # compiled anew?
             state.follow_weights(epoch)
         self._epoch = epoch
-        self._steps_per_execution = self._keras_api.steps_per_execution(self._model)
         state.begin_epoch()
         if self._saved:
             self._saved.begin_epoch()
@@ -86,12 +84,15 @@ class Run:
         if state.plan.changes_within(epoch):
             state.rates.set(epoch, batch)
         if state.declared_steps and self._ends_with_average(epoch):
-            self._is_last_batch = batch + self._steps_per_execution >= state.declared_steps
+            # tf_keras's "auto" changes the number of steps between executions.
+            steps = self._keras_api.steps_per_execution(self._model)
+            self._is_last_batch = batch + steps >= state.declared_steps
 
     def end_batch(self) -> None:
         """Look for weights that the first step has built; after the last step carry the average."""
         if self._is_first_step and self._epoch is not None:
             self._is_first_step = False
+            self._state.rates.check_used()
             if not self._bn_pass:
                 self._state.follow_weights(self._epoch, after_first_step=True)
         if self._is_last_batch:

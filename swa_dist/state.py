@@ -58,13 +58,14 @@ class RunState:
     ) -> None:
         self.options, self.model, self.keras_api = options, model, keras_api
         # `fit` builds a model without weights in its first step. To resume, they must be there.
-        if model.built or options.backup_dir is not None:
+        if keras_api.has_all_weights(model) or options.backup_dir is not None:
             check_trainable_variables(model)
         check_strategy(model.distribute_strategy, trainable_variables(model))
         self.rates = PlannedLearningRates(options, keras_api.step_optimizers(model), before)
         self.declared_steps: int | None = params.get("steps") and int(params["steps"])
-        has_bn, rate = keras_api.has_batch_norm(model), self.rates.first_initial
-        self._adopt(Plan.of(options, params["epochs"], self.declared_steps, rate, has_bn))
+        has_bn = keras_api.has_batch_norm(model)
+        # Each optimizer has a plan of its own, with its rate.
+        self._adopt(Plan.of(options, params["epochs"], self.declared_steps, None, has_bn))
         self.progress = Progress()
         self.snapshots = Snapshots(model, keras_api)
         self._counter: SampleCounter | None = None
@@ -96,7 +97,9 @@ class RunState:
         known, fed = self.progress.batch_size, self._counter.largest_batch or None
         self.progress = replace(self.progress, batch_size=fed)
         batches = self._counter.batches
-        if batches - self._batches_before_epoch != self.declared_steps:
+        # The last execution of several steps may have more of them than were declared.
+        surplus = batches - self._batches_before_epoch - (self.declared_steps or 0)
+        if not 0 <= surplus < self.keras_api.steps_per_execution(self.model):
             self.declared_steps = None
         if self.plan.steps_per_epoch is None:
             self._adopt(replace(self.plan, steps_per_epoch=batches or None))

@@ -54,6 +54,10 @@ class Kit:
             return float("nan")
         return float(tf.convert_to_tensor(model.optimizer.learning_rate).numpy())
 
+    def updates(self, optimizer):
+        """How often an optimizer has updated weights."""
+        return int(tf.convert_to_tensor(optimizer.iterations))
+
     @property
     def has_renorm(self):
         """Whether its BatchNormalization knows `renorm`, as Keras 3 does from 3.13 on."""

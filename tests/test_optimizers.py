@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import mirrored
-from tests.fits import NO_STRATEGY, data
+from tests.fits import NO_STRATEGY, at, data
 from tests.kits import KITS, batched, rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
@@ -179,6 +179,68 @@ def test_one_whose_rate_cannot_be_set_is_refused_by_name_before_the_first_batch(
         )
     assert_bitwise(model.get_weights(), before)
     model.fit(batched(*data()), epochs=4, verbose=0, shuffle=False, callbacks=[kit.SWA(2)])
+
+
+def test_an_unused_one_need_not_suit_the_schedule(kit):
+    """The default has a rate of 0.001, from which a cycle down to 0.01 would rise."""
+    model, swa = two_nets(kit), kit.SWA(6, "cyclic", swa_lr=0.01, swa_freq=2)
+    default = rate(model.optimizer)
+    assert default < 0.01
+    used, history = fit(kit, model, swa)
+    for name, initial in (("first", FIRST), ("other", OTHER)):
+        plan = swa.plan(9, 3, learning_rate=initial)
+        assert used[name] == pytest.approx([plan.learning_rate(epoch) for epoch in range(9)])
+    assert rate(model.optimizer) == pytest.approx(default)
+    assert len([key for key in history if "learning_rate" in key]) == 3
+
+
+def test_one_that_turns_out_to_be_used_is_refused_by_name_after_the_first_step(kit):
+    model = two_nets(kit)
+    with pytest.raises(ValueError, match=r"`swa_lr2` must be at least.*the model's `other`"):
+        fit(kit, model, kit.SWA(6, "cyclic", swa_lr=0.05, swa_freq=2))
+    assert kit.updates(model.get("first")) == 1
+
+
+def test_one_optimizer_that_does_not_suit_the_schedule_is_refused_before_the_first_batch(kit):
+    model = bn_then_dense(kit, NO_STRATEGY, kit.keras.optimizers.SGD)
+    with pytest.raises(ValueError, match="`swa_lr2` must be at least"):
+        model.fit(
+            batched(*data()), epochs=9, verbose=0, shuffle=False,
+            callbacks=[kit.SWA(6, "cyclic", swa_lr=0.05, swa_freq=2)],
+        )  # fmt: skip
+    assert kit.updates(model.optimizer) == 0
+
+
+@pytest.mark.parametrize("teachers_rate", ["schedule", "zero"])
+def test_the_optimizer_of_a_frozen_teacher_is_left_alone(kit, teachers_rate):
+    decay = kit.keras.optimizers.schedules.ExponentialDecay(0.1, 10, 0.9)
+    teachers = kit.keras.optimizers.SGD(decay if teachers_rate == "schedule" else 0.0)
+    model = two_nets(kit, place=of_the_networks, use=["other"])
+    model.nets["first"].trainable = False
+    model.compile(teachers, kit.keras.optimizers.SGD(OTHER))
+    swa = kit.SWA(6, "constant")
+    plan = swa.plan(9, learning_rate=OTHER, batch_norm=False)
+    used, history = fit(kit, model, swa)
+    planned = pytest.approx([plan.learning_rate(epoch) for epoch in range(9)])
+    assert used["other"] == planned
+    assert history["learning_rate"] == planned
+    assert rate(teachers) == pytest.approx(0.1 if teachers_rate == "schedule" else 0)
+
+
+def test_one_that_is_first_used_in_a_later_epoch_is_shown_from_then_on(kit):
+    use = ["first"]
+    model = two_nets(kit, use=use)
+    model.run_eagerly = True
+    later = at(kit, 3, lambda model: use.append("other"), "on_epoch_begin")
+    swa = kit.SWA(6, "constant")
+    _, history = fit(kit, model, swa, after=[later])
+    for key, initial, epochs in (
+        ("learning_rate", FIRST, range(9)),
+        ("learning_rate_first", FIRST, range(2, 9)),
+        ("learning_rate_other", OTHER, range(2, 9)),
+    ):
+        plan = swa.plan(9, learning_rate=initial)
+        assert history[key] == pytest.approx([plan.learning_rate(epoch) for epoch in epochs])
 
 
 def test_a_run_that_is_resumed_knows_the_initial_rate_of_each(kit, tmp_path):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from swa_dist.averaging.bn_average import BatchNormAverage
 from swa_dist.averaging.weight_average import WeightAverage
 from swa_dist.batch_norm.layer import BatchNormLayer
+from swa_dist.model_checks import last_restore
 from swa_dist.protocols import Model
 from swa_dist.training.patches import before_training, before_writing
 
@@ -45,7 +46,7 @@ class ModelAverage:
         self.weights = WeightAverage(model)
         self._statistics = BatchNormAverage(layers, model.distribute_strategy)
         self._carrying = contextlib.ExitStack()
-        self._fingerprint: list[bytes] = []
+        self._fingerprint: list[Any] = []
         self.is_lost = False
 
     @property
@@ -137,7 +138,8 @@ class ModelAverage:
     def _variables(self) -> list[tf.Variable]:
         return [*self.weights.weights, *self._statistics.variables]
 
-    def _fingerprint_of_model(self) -> list[bytes]:
+    def _fingerprint_of_model(self) -> list[Any]:
         local = self._model.distribute_strategy.experimental_local_results
         values = (tf.reshape(local(v)[0], [1, -1]) for v in self._variables)
-        return [tf.fingerprint(value).numpy().tobytes() for value in values]
+        fingerprints = [tf.fingerprint(value).numpy().tobytes() for value in values]
+        return [*fingerprints, *map(last_restore, [*self._model.variables, *self._variables])]

@@ -97,7 +97,6 @@ class BatchNormPass(TrainFunction):
         self._keras_api, self._average, self._optimizers = keras_api, average, step_optimizers
         self._steps, self._bn_steps = steps, bn_steps
         self._steps_done = 0
-        self._steps_per_execution = keras_api.steps_per_execution(model)
         self._strategy = model.distribute_strategy
         layers = keras_api.trainable_batch_norm(model)
         self._statistics = BatchNormStatistics(layers, self._strategy)
@@ -135,13 +134,14 @@ class BatchNormPass(TrainFunction):
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step. Keras calls this."""
         first = not self._steps_done
+        steps = self._keras_api.steps_per_execution(self._model)
         try:
             if self._finalized or first:
                 self._finalized = False
                 self._average.copy_to_model()
                 self._hold_learning_rates()
             result = super().__call__(iterator)
-            self._steps_done += self._steps_per_execution
+            self._steps_done += steps
             if first:
                 self._look_for_moved_weights()
             self._end_if_due()

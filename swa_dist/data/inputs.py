@@ -51,7 +51,8 @@ def distributed_inputs(
         # Here a list is what it is as `x` of `fit`: several inputs.
         inputs = data if isinstance(data, list) else inputs_of(data)
         # `tf.data` takes a list for one tensor: the structure goes round it.
-        dataset = tf.data.Dataset.from_tensor_slices(tuple(tf.nest.flatten(inputs)))
+        leaves = map(_array, tf.nest.flatten(inputs))
+        dataset = tf.data.Dataset.from_tensor_slices(tuple(leaves))
         distributed, length = _distribute(dataset.batch(size), strategy, steps)
         return (tf.nest.pack_sequence_as(inputs, list(batch)) for batch in distributed), length
     check_has_batches(data, batch_size)
@@ -129,6 +130,11 @@ def _split(inputs: Any, strategy: tf.distribute.Strategy) -> Any:
 
     parts = iter([part(replica * size) for replica in range(replicas)])
     return strategy.experimental_distribute_values_from_function(lambda context: next(parts))
+
+
+def _array(leaf: Any) -> Any:
+    # Keras makes a column of a pandas Series.
+    return leaf.to_frame() if hasattr(leaf, "to_frame") else leaf
 
 
 def _tensor(leaf: Any) -> Any:

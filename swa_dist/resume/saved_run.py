@@ -59,6 +59,7 @@ class SavedRun:
         self._keras_api = keras_api
         self._with_weights = with_weights
         self._record: dict[str, Any] = {}
+        self._saved_epoch: int | None = None
         self._updates_before_epoch: int | None = None
         self._updates_per_epoch: int | None = None
 
@@ -181,23 +182,21 @@ class SavedRun:
             "initial_rates": dict(rates.initial),
             "steps_per_epoch": plan.steps_per_epoch,
         }
-        steps = self._keras_api.update_count(self._model)
-        # The weights, if they are saved, are new with each step.
-        news = {**content, "update_count": steps} if self._with_weights else content
-        # Without a count of updates, the weights may be new each time.
-        uncounted = self._with_weights and not steps
-        if self._record and not uncounted and news.items() <= self._record.items():
+        carried = snapshots.average_is_carried
+        is_saved = self._record and content.items() <= self._record.items()
+        # Weights, if they are saved, are new in each epoch; and once others are written into a
+        # model that carries the average, it does so no more.
+        if is_saved and (not self._with_weights or (carried and completed == self._saved_epoch)):
             return
         record = {
             **content,
-            "update_count": steps,
+            "update_count": self._keras_api.update_count(self._model),
             "updates_per_epoch": self._updates_per_epoch,
             "rates": rates.optimizers.settable_rates,
             "configuration": self._configuration(plan),
             # Before the first snapshot it may change.
             "layout": snapshots.average.layout if progress.n_averaged else {},
         }
-        carried = snapshots.average_is_carried
         snapshots.end_carrying()
         average = snapshots.average
         try:
@@ -205,7 +204,7 @@ class SavedRun:
         finally:
             if carried:
                 average.carry()
-        self._record = record
+        self._record, self._saved_epoch = record, completed
 
     def _buffers(self, average: ModelAverage, with_weights: bool) -> dict[str, Any]:
         if not with_weights:

@@ -27,11 +27,6 @@ class InitialOptimizers:
         """Return what optimizers are at present."""
         return cls(optimizers.settable_rates, optimizers.updates)
 
-    @property
-    def are_new(self) -> bool:
-        """Whether none has updated weights: each has the learning rate it was made with."""
-        return all(count == 0 for count in self.updates.values())
-
 
 class PlannedLearningRates:
     """The learning rates of one run: each optimizer follows the plan from its own initial rate.
@@ -47,7 +42,7 @@ class PlannedLearningRates:
         optimizers: The optimizers; to be replaced when the model is compiled anew.
 
     Raises:
-        ValueError: An optimizer cannot follow the schedule.
+        ValueError: An optimizer cannot follow the schedule, and the training step may use it.
     """
 
     def __init__(
@@ -56,30 +51,53 @@ class PlannedLearningRates:
         self._is_manual = options.lr_schedule == "manual"
         self._before = before
         self._plans: dict[str, Plan] = {}
-        self._shown: tuple[str, ...] | None = None
+        self._refusals: dict[str, ValueError] = {}
+        self._shown: list[str] = []
         self.optimizers = optimizers
         now = optimizers.settable_rates
         # A rate reads 0 when a BN pass was interrupted; by now that has been undone.
         self.initial = {name: before.rates.get(name) or now[name] for name in now}
         for name, rate in self.initial.items() or [("", None)]:
-            options.check_initial_rate(rate, name if len(now) > 1 else "")
-
-    @property
-    def first_initial(self) -> float | None:
-        """The initial rate of the first optimizer; None if there is none to plan from."""
-        return next(iter(self.initial.values()), None) or None
+            try:
+                options.check_initial_rate(rate, name if len(now) > 1 else "")
+            except ValueError as error:
+                if name not in optimizers.of_frozen_models:
+                    raise
+                self._refusals[name] = error
 
     @property
     def guessed_initial(self) -> float | None:
-        """The same, if an earlier part of the run may have changed it."""
-        return None if self._before.are_new else self.first_initial
+        """An initial rate that an earlier part of the run may have changed, if there is one."""
+        updates = self._before.updates
+        used = (rate for name, rate in self.initial.items() if updates.get(name) != 0)
+        return next(used, None) or None
 
     def follow(self, plan: Plan) -> None:
-        """Take up a plan, or a new one."""
-        self._plans = {
-            name: replace(plan, initial_learning_rate=rate or None)
-            for name, rate in self.initial.items()
-        }
+        """Take up a plan, or a new one.
+
+        Raises:
+            ValueError: No optimizer can follow it.
+        """
+        self._plans = {}
+        for name, rate in self.initial.items():
+            if name in self._refusals:
+                continue
+            try:
+                self._plans[name] = replace(plan, initial_learning_rate=rate or None)
+            except ValueError as error:  # which matters only if the step uses this optimizer
+                self._refusals[name] = ValueError(f"{error} That is with the model's `{name}`.")
+        if self._refusals and not self._plans:
+            raise next(iter(self._refusals.values()))
+
+    def check_used(self) -> None:
+        """Refuse optimizers that have turned out to be used, and cannot follow the plan.
+
+        Raises:
+            ValueError: One of them cannot.
+        """
+        for name in self._used:
+            if name in self._refusals:
+                raise self._refusals[name]
 
     def set(self, epoch: int, batch: int = 0) -> None:
         """Set the learning rates of a batch; epoch and batch count from 0."""
@@ -90,9 +108,8 @@ class PlannedLearningRates:
     def log_entries(self) -> dict[str, float]:
         """Return the entries of Keras's `logs`, of the optimizers that the step uses."""
         rates = self.optimizers.read_rates()
-        if self._shown is None:
-            # Once for all epochs: CSVLogger takes its columns from the first.
-            self._shown = tuple(name for name in self._used if name in rates)
+        # Those that are used first come first: "learning_rate" stays the same one's.
+        self._shown += [name for name in self._used if name not in self._shown]
         shown = [name for name in self._shown if name in rates] or list(rates)[:1]
         if not shown:
             return {}
@@ -104,7 +121,7 @@ class PlannedLearningRates:
         if not self._is_manual and len(self.initial) > 1:
             used = self._used
             self.optimizers.write_rates(
-                {n: rate for n, rate in self.initial.items() if n not in used}
+                {name: self.initial[name] for name in self._plans if name not in used}
             )
 
     @property

@@ -1,6 +1,6 @@
 """The optimizers of a training step, and their learning rates."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import tensorflow as tf
@@ -71,10 +71,15 @@ class StepOptimizers:
 
     Args:
         learning_rates: Their learning rates, by name.
+        of_frozen_models: Names of those that belong to models without trainable weights, such as a
+            teacher.
     """
 
-    def __init__(self, learning_rates: Mapping[str, OptimizerLearningRate]) -> None:
+    def __init__(
+        self, learning_rates: Mapping[str, OptimizerLearningRate], of_frozen_models: Set[str]
+    ) -> None:
         self._learning_rates = dict(learning_rates)
+        self.of_frozen_models = of_frozen_models
 
     @property
     def settable_rates(self) -> dict[str, float | None]:
