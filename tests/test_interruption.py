@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from swa_dist.averaging import model_average
 from tests.conftest import mirrored
 from tests.fits import NO_STRATEGY, at, build, data, norm_of
 from tests.kits import batched
@@ -110,6 +111,16 @@ def test_even_if_it_is_bit_by_bit_the_average_that_the_model_carried(kit, tmp_pa
 
 
 @pytest.mark.parametrize("replicas", [0, 2])
+def test_also_if_a_checkpoint_restores_it_past_assign(kit, replicas, tmp_path):
+    model = build(kit, mirrored(replicas) if replicas else NO_STRATEGY)
+    run(kit, model, kit.SWA(2, validate_average=True), after=[at(kit, 3, prune)])
+    average = [w.copy() for w in model.get_weights()]
+    checkpoint = tf.train.Checkpoint(model=model)
+    checkpoint.read(checkpoint.write(str(tmp_path / "average")))
+    assert_bitwise(first_weights(kit, model), average)
+
+
+@pytest.mark.parametrize("replicas", [0, 2])
 def test_what_another_callback_writes_while_the_model_carries_the_average_trains_on(kit, replicas):
     """And the average stays the mean of the snapshots."""
     model = build(kit, mirrored(replicas) if replicas else NO_STRATEGY)
@@ -156,6 +167,57 @@ def test_after_ctrl_c_the_average_is_there_to_be_used(kit, hook, validate_averag
         assert_weights(kit.trainable(model), mean)
     assert_bitwise(model.get_weights(), before)
     assert kit.rate(model) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("when", ["before_training", "before_writing"])
+def test_ctrl_c_while_the_average_is_put_into_the_model_leaves_the_trained_weights(
+    kit, when, monkeypatch
+):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    model, trained = build(kit), []
+    keep = at(kit, 3, lambda model: trained.append(model.get_weights()), "on_train_batch_end")
+    ready = at(
+        kit,
+        3,
+        lambda model: monkeypatch.setattr(model_average, when, interrupt),
+        "on_train_batch_end",
+    )
+    run(kit, model, kit.SWA(2, validate_average=True), before=[keep, ready])
+    assert_bitwise(model.get_weights(), trained[-1])
+    monkeypatch.undo()
+    assert_bitwise(first_weights(kit, model), trained[-1])
+
+
+def test_an_interrupted_instance_given_to_evaluate_does_nothing(kit):
+    """There it would take a snapshot amid an epoch, and put the average into the model."""
+    model, swa = build(kit), kit.SWA(2, validate_average=True)
+    run(kit, model, swa, before=[at(kit, 4, prune, "on_train_batch_end")])
+    before, n_averaged = model.get_weights(), swa.n_averaged
+    assert n_averaged == 2
+    model.evaluate(HELD_OUT, verbose=0, callbacks=[swa])
+    assert swa.n_averaged == n_averaged
+    assert_bitwise(model.get_weights(), before)
+
+
+def test_an_evaluation_of_another_callback_within_fit_changes_nothing(kit):
+    def evaluate(model):
+        model.evaluate(HELD_OUT, verbose=0, callbacks=[swa])
+
+    model, swa, recorder = build(kit), kit.SWA(2, validate_average=True), kit.Recorder()
+    amid = at(kit, 3, evaluate, "on_train_batch_end")
+    trained = []
+    keep = kit.keras.callbacks.LambdaCallback(
+        on_test_begin=lambda logs: trained.append(kit.trainable(model))
+    )
+    model.fit(
+        batched(*data(24)), validation_data=HELD_OUT, epochs=5, verbose=0, shuffle=False,
+        callbacks=[keep, recorder, amid, swa],
+    )  # fmt: skip
+    assert swa.n_averaged == 3
+    expected = [np.mean(np.array(ws, np.float64), 0) for ws in zip(*trained[1:4], strict=True)]
+    assert_weights(kit.trainable(model), expected)
 
 
 def test_what_averaged_weights_says_it_does(kit):

@@ -3,20 +3,14 @@
 import numpy as np
 import pytest
 
-from tests import fits
 from tests.conftest import mirrored
-from tests.fits import NO_STRATEGY, at, build, stop
+from tests.fits import NO_STRATEGY, at, build, data, stop
 from tests.kits import KITS, batched
 from tests.tolerances import assert_bitwise, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
 
 EPOCHS = 4
-
-
-def data(n, seed=0):
-    x, y = fits.data(n, seed)
-    return (x - x.mean(0)) / x.std(0), y  # without BN, large ones would train nothing
 
 
 HELD_OUT = batched(*data(16, seed=3))
@@ -141,6 +135,20 @@ def test_several_steps_an_execution(kit):
     assert_bitwise(before.weights[-1], kit.trainable(model))
 
 
+def test_steps_that_several_an_execution_do_not_divide(kit):
+    """Of five steps the last execution has one; Keras 3 runs six."""
+    before = seen_by(kit)
+    kit.keras.utils.set_random_seed(7)
+    model, recorder = build(kit, norm=False), kit.Recorder()
+    model.compile("sgd", "mse", steps_per_execution=2, jit_compile=False)
+    model.fit(
+        batched(*data(24)).repeat(), steps_per_epoch=5, epochs=3, verbose=0, shuffle=False,
+        callbacks=[recorder, before, kit.SWA(2)],
+    )  # fmt: skip
+    assert_weights(kit.trainable(model), recorder.mean(2, 3))
+    assert_bitwise(before.weights[-1], kit.trainable(model))
+
+
 def growing(kit, lengths):
     """A sequence of batches that has another length in each epoch, as tf_keras allows."""
     x, y = data(24)
@@ -163,6 +171,35 @@ def growing(kit, lengths):
 
 
 tf_keras_only = pytest.mark.parametrize("kit", KITS[1:], indirect=True, ids=lambda kit: kit.name)
+
+
+@tf_keras_only
+def test_steps_per_execution_that_change_within_an_epoch(kit):
+    """As with "auto"."""
+
+    def double(model):
+        model._steps_per_execution.assign(2)
+
+    def single(model):
+        model._steps_per_execution.assign(1)
+
+    before, recorder = seen_by(kit), kit.Recorder()
+    model = build(kit, norm=False)
+    model.compile("sgd", "mse", steps_per_execution=2, jit_compile=False)
+    change = [
+        callback
+        for epoch in (1, 2, 3)
+        for callback in (
+            at(kit, epoch, double, "on_epoch_begin"), at(kit, epoch, single, "on_train_batch_end")
+        )
+    ]  # fmt: skip
+    model.fit(
+        batched(*data(40)), epochs=3, verbose=0, shuffle=False,
+        callbacks=[*change, recorder, before, kit.SWA(2)],
+    )  # fmt: skip
+    assert [len(rates) for rates in recorder.batch_rates] == [4, 4, 4]
+    assert_weights(kit.trainable(model), recorder.mean(2, 3))
+    assert_bitwise(before.weights[-1], kit.trainable(model))
 
 
 @tf_keras_only

@@ -57,7 +57,14 @@ def built_late(kit, norm=True):
     return Model()
 
 
-BUILDERS = [sequential, subclassed, built_late]
+def declared_built(kit, norm=True):
+    """A model that says it is built, as some must for their summary, before it has weights."""
+    model = subclassed(kit, norm)
+    model.built = True
+    return model
+
+
+BUILDERS = [sequential, subclassed, built_late, declared_built]
 
 
 def compiled(kit, build, strategy=NO_STRATEGY, **arguments):
