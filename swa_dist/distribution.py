@@ -31,6 +31,13 @@ def read_local(variable: tf.Variable, strategy: tf.distribute.Strategy) -> int:
     return int(strategy.experimental_local_results(variable)[0])
 
 
+def fingerprint(variables: Iterable[tf.Variable], strategy: tf.distribute.Strategy) -> str:
+    """Return a text that tells the values of variables, on the first replica, from others."""
+    local = strategy.experimental_local_results
+    values = (tf.reshape(local(v)[0], [1, -1]) for v in variables)
+    return "".join(tf.fingerprint(value).numpy().tobytes().hex() for value in values)
+
+
 def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
     """Sum each value over all replicas.
 

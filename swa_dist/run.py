@@ -113,6 +113,7 @@ class Run:
         state = self._state
         if self._bn_pass:
             self._bn_pass.finish()
+            state.note_final_statistics(self._bn_pass.has_statistics)
         self._close_epoch()
         if logs is not None:
             for name, rate in state.rates.log_entries().items():
@@ -208,9 +209,13 @@ class Run:
 
     @property
     def _model_is_final(self) -> bool:
-        """Whether the model comes out of a BN pass: with the average, and learning rates again."""
+        """Whether the model was saved after the BN pass."""
+        average, progress = self._state.snapshots.average, self._state.progress
+        if average.statistics_of_model == progress.final_statistics:
+            return True
+        # It may have been saved before the average was.
         rates = self._state.rates.optimizers.read_rates().values()
-        return all(rates) and self._state.snapshots.average.weights.equals_model
+        return all(rates) and average.weights.equals_model
 
     # How an epoch ends
 

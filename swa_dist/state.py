@@ -145,6 +145,12 @@ class RunState:
         self._adopt(self.plan.stopped_after(epoch))
         self.progress = replace(self.progress, stopped=epoch + 1)
 
+    def note_final_statistics(self, has_statistics: bool) -> None:
+        """Remember which BN statistics the BN pass has ended with, if it has any."""
+        if has_statistics:
+            statistics = self.snapshots.average.statistics_of_model
+            self.progress = replace(self.progress, final_statistics=statistics)
+
     def end_carrying(self) -> None:
         """Give the model its own weights back, if it carries the average."""
         if self.snapshots.end_carrying():

@@ -259,6 +259,33 @@ def test_the_state_that_is_saved_before_the_average_is_shown_is_of_the_trained_w
     assert_bitwise(kit.trainable(model), kit.trainable(reference))
 
 
+@pytest.mark.parametrize("replicas", [0, 2])
+def test_an_optimizers_own_average_gives_way_also_in_a_run_resumed_after_its_bn_pass(
+    kit, replicas, tmp_path
+):
+    """Keras then puts it into the model before any hook of SWA but the first."""
+    strategy = mirrored(replicas) if replicas else NO_STRATEGY
+
+    def fit(folder, *after):
+        kit.keras.utils.set_random_seed(7)
+        model = build(kit, strategy)
+        with strategy.scope():
+            model.compile(kit.keras.optimizers.SGD(0.05, use_ema=True), "mse", jit_compile=False)
+        backup = kit.keras.callbacks.BackupAndRestore(str(folder / "model"))
+        model.fit(
+            batched(*data(20)), epochs=EPOCHS, verbose=0, shuffle=False,
+            callbacks=[backup, kit.SWA(2, backup_dir=folder / "swa"), *after],
+        )  # fmt: skip
+        return model.get_weights()
+
+    def interrupt(model):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "interrupted", at(kit, EPOCHS, interrupt))
+    assert_bitwise(fit(tmp_path / "interrupted"), fit(tmp_path / "never"))
+
+
 def test_an_optimizers_own_average_gives_way(kit):
     kit.keras.utils.set_random_seed(7)
     model, recorder, seen = build(kit, norm=False), kit.Recorder(), seen_by(kit)

@@ -56,6 +56,10 @@ def two_nets(kit, strategy=NO_STRATEGY, place=None, norm=True, use=("first", "ot
                 self.get(name).apply_gradients(zip(gradients, weights[name], strict=True))
             return {"loss": loss}
 
+        def test_step(self, fed):
+            x, y = fed
+            return {"loss": tf.reduce_mean(tf.square(self(x) - y))}
+
     with strategy.scope():
         model = Nets()
         model.compile(keras.optimizers.SGD(FIRST), keras.optimizers.SGD(OTHER, momentum=0.5))
@@ -260,6 +264,42 @@ def test_a_run_that_is_resumed_knows_the_initial_rate_of_each(kit, tmp_path):
     for name, initial in (("first", FIRST), ("other", OTHER)):
         plan = make().plan(9, 3, learning_rate=initial)
         assert used[name] == pytest.approx([plan.learning_rate(epoch) for epoch in range(6, 9)])
+
+
+def test_trained_weights_are_saved_in_each_epoch_even_if_no_updates_are_counted(kit, tmp_path):
+    """The model's own optimizer is idle, and saved with the model would be the average."""
+
+    class StopError(Exception):
+        pass
+
+    def end(model):
+        raise StopError
+
+    def begin_epoch_6(model, **arguments):
+        begun = []
+        see = at(kit, 6, lambda model: begun.append(model.get_weights()), "on_train_batch_begin")
+        swa = kit.SWA(
+            3, swa_freq=2, validate_average=True, backup_dir=arguments.pop("folder", None)
+        )
+        model.fit(
+            batched(*data()), validation_data=batched(*data(16, seed=3)), epochs=9, verbose=0,
+            shuffle=False, callbacks=[swa, see, *arguments.pop("after", ())], **arguments,
+        )  # fmt: skip
+        return begun[0]
+
+    def make():
+        kit.keras.utils.set_random_seed(7)
+        model = two_nets(kit)
+        model.compile(kit.keras.optimizers.SGD(FIRST), kit.keras.optimizers.SGD(OTHER))
+        return model
+
+    interrupted = make()
+    with pytest.raises(StopError):  # between the snapshots of epochs 4 and 6
+        begin_epoch_6(interrupted, folder=tmp_path, after=[at(kit, 5, end)])
+    resumed = make()
+    resumed.set_weights(interrupted.get_weights())
+    weights = begin_epoch_6(resumed, folder=tmp_path, initial_epoch=5)
+    assert_bitwise(weights, begin_epoch_6(make()))
 
 
 def test_optimizers_that_cannot_be_found_are_noticed_in_the_bn_pass(kit):

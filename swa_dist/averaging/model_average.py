@@ -9,6 +9,7 @@ import tensorflow as tf
 from swa_dist.averaging.bn_average import BatchNormAverage
 from swa_dist.averaging.weight_average import WeightAverage
 from swa_dist.batch_norm.layer import BatchNormLayer
+from swa_dist.distribution import fingerprint
 from swa_dist.model_checks import last_restore
 from swa_dist.protocols import Model
 from swa_dist.training.patches import before_training, before_writing
@@ -63,6 +64,11 @@ class ModelAverage:
     def is_carried(self) -> bool:
         """Whether the model has the average for a while, and the buffers its own weights."""
         return self.weights.swapped
+
+    @property
+    def statistics_of_model(self) -> str:
+        """A fingerprint of the BN statistics that the model has at present."""
+        return fingerprint(self._statistics.variables, self._model.distribute_strategy)
 
     def update(self) -> bool:
         """Take a snapshot; return whether it was finite. One that is not is left out."""
@@ -139,7 +145,5 @@ class ModelAverage:
         return [*self.weights.weights, *self._statistics.variables]
 
     def _fingerprint_of_model(self) -> list[Any]:
-        local = self._model.distribute_strategy.experimental_local_results
-        values = (tf.reshape(local(v)[0], [1, -1]) for v in self._variables)
-        fingerprints = [tf.fingerprint(value).numpy().tobytes() for value in values]
-        return [*fingerprints, *map(last_restore, [*self._model.variables, *self._variables])]
+        values = fingerprint(self._variables, self._model.distribute_strategy)
+        return [values, *map(last_restore, [*self._model.variables, *self._variables])]

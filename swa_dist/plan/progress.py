@@ -12,9 +12,12 @@ class Progress:
         not_finite: Snapshots that were due and left out.
         stopped: Completed epochs when training was stopped early; 0: it was not.
         batch_size: Samples in the largest global batch; None before the first epoch has ended.
+        final_statistics: Fingerprint of the BN statistics that the BN pass has ended with; None
+            before.
     """
 
     n_averaged: int = 0
     not_finite: int = 0
     stopped: int = 0
     batch_size: int | None = None
+    final_statistics: str | None = None
