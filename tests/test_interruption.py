@@ -298,6 +298,20 @@ def test_the_statistics_that_were_trained_come_back_with_the_weights(kit):
     assert_bitwise(kit.statistics(norm_of(model)), seen[-1])
 
 
+def test_a_checkpoint_that_is_restored_while_the_model_carries_the_average_stays(kit, tmp_path):
+    model, written, begun = build(kit), [w.copy() for w in build(kit).get_weights()], []
+    see = at(kit, 4, lambda model: begun.append(model.get_weights()), "on_train_batch_begin")
+    swa = kit.SWA(2, validate_average=True)
+    restore = at(kit, 3, lambda model: restore_checkpoint(kit, model, written, tmp_path))
+    with pytest.warns(UserWarning, match="The average of 2 snapshots is lost"):
+        model.fit(
+            batched(*data()), validation_data=HELD_OUT, epochs=5, verbose=0, shuffle=False,
+            callbacks=[swa, restore, see],
+        )  # fmt: skip
+    assert_bitwise(begun[0], written)
+    assert swa.n_averaged == 1
+
+
 def test_an_average_that_was_overwritten_unseen_is_said_to_be_lost(kit, tmp_path):
     """Restored past `assign`, and trained by another callback, while the model carried it."""
     model, written = build(kit), [w.copy() for w in build(kit).get_weights()]

@@ -24,7 +24,8 @@ class ModelAverage:
     |---|---|
     | the training step | the trained weights are restored first |
     | `set_weights`, `load_weights`, a variable's `assign` | the trained weights are restored first, then the new values are assigned, and stay |
-    | what escapes these, such as `tf.train.Checkpoint.restore` | within the run, the values become the average at its next hook; if the model trains before, they stay, and the average is lost |
+    | `tf.train.Checkpoint.restore` | the values stay, and the average is lost |
+    | what escapes these, such as `tf.raw_ops` | within the run, the values become the average at its next hook; if the model trains before, they stay, and the average is lost |
     | anything within `averaged` | the values become the average, or are dropped: see `WeightAverage.averaged_weights` |
 
     Args:
@@ -47,7 +48,8 @@ class ModelAverage:
         self.weights = WeightAverage(model)
         self._statistics = BatchNormAverage(layers, model.distribute_strategy)
         self._carrying = contextlib.ExitStack()
-        self._fingerprint: list[Any] = []
+        self._fingerprint = ""
+        self._restores: list[int] = []
         self.is_lost = False
 
     @property
@@ -90,6 +92,7 @@ class ModelAverage:
         Training then continues from its own weights, or from what was written, with or without the
         run that this average belongs to: no hook is called when an exception ends `fit`.
         """
+        self._restores = self._last_restores()
         try:
             self._swap_in()
             self._fingerprint = self._fingerprint_of_model()
@@ -104,6 +107,8 @@ class ModelAverage:
 
     def end_carrying(self) -> None:
         """Give the model back what it had before `carry`, bitwise, if it carries the average."""
+        if self.is_carried and self._last_restores() != self._restores:
+            self.is_lost = True
         self._carrying.close()
         if not self.is_lost:
             self._swap_out()
@@ -144,6 +149,8 @@ class ModelAverage:
     def _variables(self) -> list[tf.Variable]:
         return [*self.weights.weights, *self._statistics.variables]
 
-    def _fingerprint_of_model(self) -> list[Any]:
-        values = fingerprint(self._variables, self._model.distribute_strategy)
-        return [values, *map(last_restore, [*self._model.variables, *self._variables])]
+    def _fingerprint_of_model(self) -> str:
+        return fingerprint(self._variables, self._model.distribute_strategy)
+
+    def _last_restores(self) -> list[int]:
+        return [last_restore(v) for v in [*self._model.variables, *self._variables]]

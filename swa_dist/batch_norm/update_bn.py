@@ -42,9 +42,9 @@ def update_bn(
     depends on the size of the batches, as in training.
 
     Frozen layers, layers called with `training=False` and layers that no position reached keep
-    their statistics. Weights, optimizer and metrics do not change. What a forward pass itself
-    writes does: random seeds, other layers' own state. On an exception, or Ctrl-C, the statistics
-    are restored bitwise.
+    their statistics. Optimizer and metrics do not change, and neither do weights. What a forward
+    pass itself writes does: random seeds, other layers' own state, the kernel of a layer under
+    `SpectralNormalization`. On an exception, or Ctrl-C, the statistics are restored bitwise.
 
     Args:
         model: A built model of Keras 3 or tf_keras, compiled or not.
