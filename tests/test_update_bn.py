@@ -383,6 +383,25 @@ def test_an_optional_input_may_be_missing(kit, two_replicas):
         assert_statistics(kit, model.norm, rows(X))
 
 
+class Series:
+    """What is asked of a pandas Series, which Keras feeds to a model as a column."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def to_frame(self):
+        return self.values[:, None]
+
+
+def test_a_pandas_series_is_a_column(kit, two_replicas):
+    layers = kit.keras.layers
+    with two_replicas.scope():
+        model = kit.keras.Sequential([layers.Input((1,)), layers.BatchNormalization()])
+    column = X.reshape(len(X), -1)[:, 0]
+    assert update_bn(model, Series(column)) == len(X)
+    assert_statistics(kit, model.layers[-1], rows(column[:, None]))
+
+
 def test_text(kit):
     model = kit.keras.Sequential(
         [
