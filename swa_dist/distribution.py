@@ -35,7 +35,8 @@ def fingerprint(variables: Iterable[tf.Variable], strategy: tf.distribute.Strate
     """Return a text that tells the values of variables, on the first replica, from others."""
     local = strategy.experimental_local_results
     values = (tf.reshape(local(v)[0], [1, -1]) for v in variables)
-    return "".join(tf.fingerprint(value).numpy().tobytes().hex() for value in values)
+    hashes = (int(tf.bitcast(tf.fingerprint(value), tf.uint64)[0]) for value in values)
+    return "".join(f"{value:016x}" for value in hashes)
 
 
 def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:

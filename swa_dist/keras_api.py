@@ -131,13 +131,17 @@ class KerasAPI:
             if isinstance(layer, self._batch_norm_base) and layer.trainable:
                 yield layer
 
-    def steps_per_execution(self, model: Any) -> int:
-        """Return how many training steps one call of the train function runs."""
-        if self.is_keras_3:
-            return int(model.steps_per_execution)
-        # Private for want of a public name; "auto" changes it between executions. Checked with
-        # tf_keras 2.16 and 2.21.
-        return int(model._steps_per_execution.numpy())
+    def steps_per_execution(self, model: Any, known: int | None = None) -> int:
+        """Return how many training steps one call of the train function runs.
+
+        Args:
+            model: The model.
+            known: What this was at an earlier step of the epoch. It is returned, without a read
+                from the device, unless tf_keras tunes it ("auto").
+        """
+        if known is not None and not getattr(model, "autotune_steps_per_execution", False):
+            return known
+        return int(tf.convert_to_tensor(model.steps_per_execution))
 
     def optimizers(self, model: Model) -> dict[str, Any]:
         """Return every optimizer that a model, or a model in it, was compiled with or holds.

@@ -27,19 +27,7 @@ class Run:
     def __init__(self, state: RunState) -> None:
         self._state, self._model = state, state.model
         self._options, self._keras_api = state.options, state.keras_api
-        options = state.options
-        self._saved: SavedRun | None = None
-        if options.backup_dir is not None:
-            self._saved = SavedRun(
-                options.backup_dir, state.model, state.keras_api, options.validate_average
-            )
-            self._saved.open()
-        self._epoch: int | None = None  # counted from 0; None before the first
-        self._last_closed_epoch: int | None = None
-        self._bn_pass: BatchNormPass | None = None
-        self._is_first_step = True
-        self._is_last_batch = False
-        self._average_is_final = False
+        self._saved = SavedRun.open(state.options, state.model, state.keras_api)
         if state.plan.batch_norm:
             state.print(messages.HAS_BATCH_NORM)
 
@@ -54,16 +42,15 @@ class Run:
         """Begin an epoch; before the first of them, find out where the run starts."""
         state = self._state
         state.end_carrying()
-        if self._average_is_final:
-            self._average_is_final = False
+        before = state.position
+        if before.average_is_final:
             state.warn(messages.stop_withdrawn(epoch))
-        if self._epoch is None:
+        if before.epoch is None:
             self._start(epoch)
-        elif not self._bn_pass:
+        elif not before.bn_pass:
             state.rates.optimizers = self._keras_api.step_optimizers(self._model)  # compiled anew?
             state.follow_weights(epoch)
-        self._epoch = epoch
-        state.begin_epoch()
+        state.begin_epoch(epoch)
         if self._saved:
             self._saved.begin_epoch()
         if state.plan.is_start(epoch):
@@ -75,49 +62,54 @@ class Run:
 
     def begin_batch(self, batch: int) -> None:
         """Set learning rates that change within the epoch, and look out for its last batch."""
-        epoch, state = self._epoch, self._state
+        state = self._state
+        epoch = state.position.epoch
         if epoch is None:
             return
-        if self._last_closed_epoch == epoch and state.snapshots.average_is_carried:
+        if state.position.is_closed and state.snapshots.average_is_carried:
             state.end_carrying()
             state.warn(messages.epoch_continues(epoch))
         if state.plan.changes_within(epoch):
             state.rates.set(epoch, batch)
-        if state.declared_steps and self._ends_with_average(epoch):
-            # tf_keras's "auto" changes the number of steps between executions.
-            steps = self._keras_api.steps_per_execution(self._model)
-            self._is_last_batch = batch + steps >= state.declared_steps
+        if state.position.declared_steps and self._ends_with_average(epoch):
+            known = state.position.steps_per_execution
+            steps = self._keras_api.steps_per_execution(self._model, known)
+            is_last = batch + steps >= state.position.declared_steps
+            state.move(is_last_batch=is_last, steps_per_execution=steps)
 
     def end_batch(self) -> None:
         """Look for weights that the first step has built; after the last step carry the average."""
-        if self._is_first_step and self._epoch is not None:
-            self._is_first_step = False
-            self._state.rates.check_used()
-            if not self._bn_pass:
-                self._state.follow_weights(self._epoch, after_first_step=True)
-        if self._is_last_batch:
-            self._is_last_batch = False
+        state = self._state
+        position = state.position
+        state.move(has_stepped=True, is_last_batch=False)
+        if not position.has_stepped and position.epoch is not None:
+            state.rates.check_used()
+            if not position.bn_pass:
+                state.follow_weights(position.epoch, after_first_step=True)
+        if position.is_last_batch:
             self._carry_average()
 
     def begin_test(self) -> None:
         """Have validation evaluate the final model, or the average if that is asked for."""
-        if self._bn_pass:
-            self._bn_pass.finish()
-        elif self._epoch is not None and (
-            self._options.validate_average or self._ends_with_average(self._epoch)
+        position = self._state.position
+        if position.bn_pass:
+            position.bn_pass.finish()
+        elif position.epoch is not None and (
+            self._options.validate_average or self._ends_with_average(position.epoch)
         ):
             self._carry_average()
 
     def end_epoch(self, epoch: int, logs: dict[str, Any] | None) -> None:
         """End an epoch: take its snapshot, log the learning rate, and save the average."""
         state = self._state
-        if self._bn_pass:
-            self._bn_pass.finish()
-            state.note_final_statistics(self._bn_pass.has_statistics)
+        bn_pass = state.position.bn_pass
+        if bn_pass:
+            bn_pass.finish()
+            state.note_final_statistics(bn_pass.has_statistics)
         self._close_epoch()
         if logs is not None:
             for name, rate in state.rates.log_entries().items():
-                logs.setdefault(name, 0.0 if self._bn_pass else rate)
+                logs.setdefault(name, 0.0 if bn_pass else rate)
         self._handle_early_stop(epoch)
         saved = self._save(epoch + 1)
         has_bn = state.plan.batch_norm
@@ -127,20 +119,21 @@ class Run:
             state.end_carrying()
             if state.n_averaged:
                 state.snapshots.average.copy_to_model()
-                self._average_is_final = not has_bn
+                state.move(average_is_final=not has_bn)
 
     def end(self) -> None:
         """Leave the average in the model, and warn of what it has to do without."""
         state = self._state
+        epoch, bn_pass = state.position.epoch, state.position.bn_pass
         state.end_carrying()
-        if self._bn_pass and self._options.bn_steps:
+        if bn_pass and self._options.bn_steps:
             self._model.stop_training = bool(state.progress.stopped)
-        nothing_to_train = self._epoch is None and self._saved is not None
+        nothing_to_train = epoch is None and self._saved is not None
         if nothing_to_train:  # it was interrupted after its last epoch
             self._start(state.plan.epochs)
         if not state.n_averaged:
             first, not_finite = state.plan.first_snapshot, bool(state.progress.not_finite)
-            state.warn(messages.no_snapshot(self._epoch, first, not_finite))
+            state.warn(messages.no_snapshot(epoch, first, not_finite))
         elif nothing_to_train and (not state.plan.batch_norm or self._model_is_final):
             state.snapshots.average.weights.copy_to_model()
             state.print(messages.FINAL)
@@ -153,13 +146,14 @@ class Run:
     @contextlib.contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Have the average in the model while open. See `SWA.averaged_weights`."""
-        snapshots, lost = self._state.snapshots, self._state.snapshots.average_is_lost
+        snapshots, bn_pass = self._state.snapshots, self._state.position.bn_pass
+        lost = snapshots.average_is_lost
         if not self._state.n_averaged or lost:
             first = self._state.plan.first_snapshot
             raise RuntimeError(messages.no_average(first, lost))
         # In the BN pass the model has the average already, with other statistics; but not if
         # weights have been written after an exception.
-        is_there = self._bn_pass is not None and self._bn_pass.in_force
+        is_there = bn_pass is not None and bn_pass.in_force
         is_there = is_there and snapshots.average.weights.equals_model
         with contextlib.nullcontext() if is_there else snapshots.average.averaged():
             yield
@@ -187,14 +181,14 @@ class Run:
                 state.warn(message)
             if self._saved:  # what cannot be saved now could not be saved later
                 self._saved.save(epoch, state.plan, state.progress, state.rates, state.snapshots)
-            state.begin_counting()
         except BaseException:
             if self._saved:
                 self._saved.close()
             raise
 
     def _finalize_average(self) -> None:
-        state, bn_pass = self._state, self._bn_pass
+        state = self._state
+        epoch, bn_pass = state.position.epoch, state.position.bn_pass
         # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores earlier
         # weights, has just put others there.
         state.snapshots.average.copy_to_model()
@@ -205,7 +199,7 @@ class Run:
                 state.warn(message)
         else:
             began = bn_pass is not None
-            state.warn(messages.no_bn_pass(self._epoch, state.n_averaged, began))
+            state.warn(messages.no_bn_pass(epoch, state.n_averaged, began))
 
     @property
     def _model_is_final(self) -> bool:
@@ -221,11 +215,12 @@ class Run:
 
     def _close_epoch(self) -> None:
         """Do what is due when an epoch has trained: once, at its validation or at its end."""
-        epoch, state = self._epoch, self._state
+        state = self._state
+        epoch = state.position.epoch
         assert epoch is not None
-        if self._last_closed_epoch == epoch:
+        if state.position.is_closed:
             return
-        self._last_closed_epoch = epoch
+        state.move(is_closed=True)
         if state.plan.is_snapshot(epoch):
             if not state.n_averaged:
                 state.follow_weights(epoch)
@@ -235,14 +230,14 @@ class Run:
     def _carry_average(self) -> None:
         """Take the epoch's snapshot, and have the model carry the average."""
         self._close_epoch()
-        snapshots = self._state.snapshots
-        if not self._state.n_averaged or snapshots.average_is_carried or snapshots.average_is_lost:
+        state, snapshots = self._state, self._state.snapshots
+        if not state.n_averaged or snapshots.average_is_carried or snapshots.average_is_lost:
             return
         # What saves the model at the end of the epoch saves the average: what training resumes from
         # is to be saved before, and the average in the form that it has after a swap.
         snapshots.average.weights.normalize()
-        assert self._epoch is not None
-        if self._save(self._epoch + 1) or self._options.validate_average:
+        assert state.position.epoch is not None
+        if self._save(state.position.epoch + 1) or self._options.validate_average:
             snapshots.average.carry()
 
     def _is_last(self, epoch: int) -> bool:
@@ -267,7 +262,7 @@ class Run:
         state.snapshots.average.copy_to_model()
         state.print(messages.of_epoch(epoch, messages.FINAL))
         state.print(messages.of_epoch(epoch, messages.RESETTING_BATCH_NORM))
-        self._bn_pass = BatchNormPass(
+        bn_pass = BatchNormPass(
             self._model,
             self._keras_api,
             average=state.snapshots.average.weights,
@@ -275,7 +270,8 @@ class Run:
             steps=state.plan.steps_per_epoch,
             bn_steps=self._options.bn_steps,
         )
-        self._bn_pass.begin()
+        state.move(bn_pass=bn_pass)
+        bn_pass.begin()
         state.print(messages.of_epoch(epoch, messages.RUNNING_BN_PASS))
 
     def _save(self, completed: int) -> bool:

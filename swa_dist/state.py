@@ -1,11 +1,13 @@
 """The state of a run: its plan, its progress and its average, and all that changes them."""
 
+import functools
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_dist.averaging.snapshots import Snapshots
+from swa_dist.batch_norm.bn_pass import BatchNormPass
 from swa_dist.keras_api import KerasAPI
 from swa_dist.model_checks import (
     check_strategy,
@@ -23,8 +25,37 @@ from swa_dist.training.learning_rates import InitialOptimizers, PlannedLearningR
 from swa_dist.training.sample_counter import SampleCounter
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where training is.
+
+    Attributes:
+        epoch: The epoch, counted from 0; None before the first.
+        is_closed: Whether the epoch has trained, and its snapshot has been taken if it was due.
+        has_stepped: Whether a first step has been made.
+        is_last_batch: Whether the model is to have the average after the batch that is trained.
+        average_is_final: Whether the model has the average for good, unless training continues.
+        bn_pass: The BN pass, once it has begun.
+        declared_steps: The steps per epoch that `fit` has declared, while epochs have had as many;
+            else None.
+        steps_per_execution: Steps that a call of the train function runs, once it was asked for in
+            this epoch.
+        batches_before: Batches that were counted before the epoch.
+    """
+
+    epoch: int | None = None
+    is_closed: bool = False
+    has_stepped: bool = False
+    is_last_batch: bool = False
+    average_is_final: bool = False
+    bn_pass: BatchNormPass | None = None
+    declared_steps: int | None = None
+    steps_per_execution: int | None = None
+    batches_before: int = 0
+
+
 class RunState:
-    """The state of one `fit`. Plan and progress are replaced here, and nowhere else.
+    """The state of one `fit`. Plan, progress and position are replaced here, and nowhere else.
 
     Args:
         options: The callback's options.
@@ -39,10 +70,9 @@ class RunState:
         keras_api: The model's Keras version.
         plan: What the run will be, as far as it is known.
         progress: How far it has come.
+        position: Where training is.
         rates: The learning rates of the model's optimizers.
         snapshots: The average, and the weights that it is of.
-        declared_steps: The steps per epoch that `fit` has declared, while epochs have had as many;
-            else None.
 
     Raises:
         ValueError: The model cannot be averaged, or the options do not suit it.
@@ -62,14 +92,12 @@ class RunState:
             check_trainable_variables(model)
         check_strategy(model.distribute_strategy, trainable_variables(model))
         self.rates = PlannedLearningRates(options, keras_api.step_optimizers(model), before)
-        self.declared_steps: int | None = params.get("steps") and int(params["steps"])
+        self.position = Position(declared_steps=params.get("steps") and int(params["steps"]))
         has_bn = keras_api.has_batch_norm(model)
         # Each optimizer has a plan of its own, with its rate.
-        self._adopt(Plan.of(options, params["epochs"], self.declared_steps, None, has_bn))
+        self._adopt(Plan.of(options, params["epochs"], self.position.declared_steps, None, has_bn))
         self.progress = Progress()
         self.snapshots = Snapshots(model, keras_api)
-        self._counter: SampleCounter | None = None
-        self._batches_before_epoch = 0
 
     @property
     def n_averaged(self) -> int:
@@ -82,25 +110,29 @@ class RunState:
         self.rates.initial.update(start.initial_rates)
         self._adopt(start.plan)
 
-    def begin_counting(self) -> None:
-        """Have the training step count what it is fed."""
-        self._counter = SampleCounter.install_in(self.model)
+    def begin_epoch(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.move(
+            epoch=epoch,
+            is_closed=False,
+            average_is_final=False,
+            steps_per_execution=None,
+            batches_before=self._counter.batches,
+        )
 
-    def begin_epoch(self) -> None:
-        """Remember what was counted before the epoch."""
-        if self._counter:
-            self._batches_before_epoch = self._counter.batches
+    def move(self, **changes: Any) -> None:
+        """Change where training is: see `Position`."""
+        self.position = replace(self.position, **changes)
 
     def learn_from_counts(self) -> None:
         """Learn the batch size and the steps per epoch from what the training step has counted."""
-        assert self._counter
         known, fed = self.progress.batch_size, self._counter.largest_batch or None
         self.progress = replace(self.progress, batch_size=fed)
         batches = self._counter.batches
         # The last execution of several steps may have more of them than were declared.
-        surplus = batches - self._batches_before_epoch - (self.declared_steps or 0)
+        surplus = batches - self.position.batches_before - (self.position.declared_steps or 0)
         if not 0 <= surplus < self.keras_api.steps_per_execution(self.model):
-            self.declared_steps = None
+            self.move(declared_steps=None)
         if self.plan.steps_per_epoch is None:
             self._adopt(replace(self.plan, steps_per_epoch=batches or None))
         given = self.options.batch_size
@@ -115,10 +147,9 @@ class RunState:
             return
         self.progress = replace(self.progress, not_finite=self.progress.not_finite + 1)
         # Keras 3 trains a replica without samples to NaN.
-        empty = (
-            self.keras_api.is_keras_3 and self._counter and self._counter.batches_with_empty_replica
-        )
-        self.warn(messages.not_finite(epoch, n_averaged, name, bool(empty)))
+        has_trained = self.keras_api.is_keras_3 and self.position.epoch is not None
+        empty = has_trained and bool(self._counter.batches_with_empty_replica)
+        self.warn(messages.not_finite(epoch, n_averaged, name, empty))
 
     def follow_weights(self, epoch: int, after_first_step: bool = False) -> None:
         """Have the average comprise weights that have been built, or begun to train, since.
@@ -165,6 +196,11 @@ class RunState:
         """Print a line if `verbose` asks for it."""
         if self.options.verbose:
             print("\n" + line)
+
+    @functools.cached_property
+    def _counter(self) -> SampleCounter:
+        """Counts what the training step is fed, from the first use of this on."""
+        return SampleCounter.install_in(self.model)
 
     def _adopt(self, plan: Plan) -> None:
         self.plan = plan

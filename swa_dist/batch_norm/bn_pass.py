@@ -102,6 +102,7 @@ class BatchNormPass(TrainFunction):
         self._statistics = BatchNormStatistics(layers, self._strategy)
         self._rates: dict[str, float] = {}
         self._patched_model = contextlib.ExitStack()
+        self._steps_per_execution: int | None = None
         self._running = self._finalized = False
         self._weights_moved = False
         with self._strategy.scope():
@@ -134,7 +135,9 @@ class BatchNormPass(TrainFunction):
     def __call__(self, iterator: Any) -> Any:
         """Run one execution of the training step. Keras calls this."""
         first = not self._steps_done
-        steps = self._keras_api.steps_per_execution(self._model)
+        known = self._steps_per_execution
+        steps = self._keras_api.steps_per_execution(self._model, known)
+        self._steps_per_execution = steps
         try:
             if self._finalized or first:
                 self._finalized = False

@@ -13,6 +13,7 @@ from swa_dist.keras_api import KerasAPI
 from swa_dist.model_checks import trainable_variables
 from swa_dist.plan import messages
 from swa_dist.plan.messages import SWAWarning
+from swa_dist.plan.options import Options
 from swa_dist.plan.plan import Plan
 from swa_dist.plan.progress import Progress
 from swa_dist.protocols import Model
@@ -63,9 +64,14 @@ class SavedRun:
         self._updates_before_epoch: int | None = None
         self._updates_per_epoch: int | None = None
 
-    def open(self) -> None:
-        """Create and lock the folder. See `Checkpoints.open`."""
-        self._checkpoints.open()
+    @classmethod
+    def open(cls, options: Options, model: Model, keras_api: KerasAPI) -> "SavedRun | None":
+        """Create and lock the folder that the options name, if they do. See `Checkpoints.open`."""
+        if options.backup_dir is None:
+            return None
+        saved = cls(options.backup_dir, model, keras_api, options.validate_average)
+        saved._checkpoints.open()
+        return saved
 
     def close(self) -> None:
         """Release the folder, and keep what is in it."""

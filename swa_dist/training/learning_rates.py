@@ -95,6 +95,8 @@ class PlannedLearningRates:
         Raises:
             ValueError: One of them cannot.
         """
+        if not self._refusals:  # nothing need be read from the device
+            return
         for name in self._used:
             if name in self._refusals:
                 raise self._refusals[name]
