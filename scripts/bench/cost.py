@@ -1,63 +1,38 @@
 """What averaging costs: ours, the peers' and what the machine can do at best."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from scripts.bench import averaging, isolated, memory, report, training
+from scripts.bench import averaging, isolated, memory, once, report, training
 from scripts.bench.clock import Times
-from scripts.bench.report import Spread
+from scripts.bench.report import Page, Spread
 
 COMMAND = "./scripts/benchmark"
-FLAVOURS = {"Keras 3": False, "tf_keras": True}
-
-
-@dataclass
-class Page:
-    """What was found so far: paragraphs, and which targets were met."""
-
-    quick: bool
-    output: Path
-    paragraphs: list[str] = field(default_factory=list)
-    targets: list[list[str]] = field(default_factory=list)
-
-    def add(self, *paragraphs: str) -> None:
-        """Add paragraphs or tables."""
-        self.paragraphs += paragraphs
-
-    def aim(self, what: str, found: float, at_most: float, cause: str) -> None:
-        """State a target, whether it was met, and if not, why."""
-        missed = "missed, at these sizes" if self.quick else f"missed: {cause}"
-        outcome = "met" if found <= at_most else missed
-        self.targets.append([what, report.digits(at_most), report.digits(found), outcome])
-
-    def write(self) -> None:
-        """Write down what there is."""
-        report.write(
-            self.output,
-            "cost.md",
-            "# Cost, ours and the peers'",
-            report.provenance(
-                COMMAND, self.quick, "tensorflow", "keras", "tf_keras", "keras-swa", "numpy"
-            ),
-            "Times are medians, with quartiles in brackets, of contenders that took turns in one "
-            "process; ratios are formed turn by turn. Everything is float32 on CPUs, which the "
-            "virtual replicas share.",
-            "## Targets",
-            report.table(["target", "at most", "found", ""], self.targets),
-            *self.paragraphs,
-        )
+KERAS_VERSIONS = {"Keras 3": False, "tf_keras": True}
 
 
 def main() -> None:
     """Measure all, one process after the other, and write the page."""
     options = report.arguments("Measure what averaging costs.", COMMAND)
-    page = Page(options.quick, options.output)
+    packages = ("tensorflow", "keras", "tf_keras", "keras-swa", "numpy")
+    page = Page(
+        options,
+        "cost.md",
+        "# Cost, ours and the peers'",
+        report.provenance(COMMAND, options.quick, *packages),
+        "Times are medians, with quartiles in brackets, of contenders that took turns in one "
+        "process; ratios are formed turn by turn. Everything is float32 on CPUs, which the virtual "
+        "replicas share.",
+    )
     # What takes long comes last: a run that is stopped has the rest.
-    for section in (one_step, growth, swap, hooks, bn_pass, peak_memory, whole_fit, every_step):
+    sections = (
+        *(one_step, growth, swap, hooks, bn_pass, done_once, peak_memory, whole_fit),
+        *(short_fit, every_step),
+    )
+    for section in sections:
         print(f"{section.__doc__} ...", flush=True)
         section(page)
         page.write()
@@ -79,6 +54,7 @@ def one_step(page: Page) -> None:
             limit = times[averaging.LIMIT]
             above = ratio(ours, limit)
             row[-2:] = [ms(limit), above.show()]
+            above_later = ratio(later, limit)
             looking, adding = (ms(parts[p]) for p in (averaging.LOOK, averaging.ADD))
             why = (
                 "an update looks whether all weights are finite before it adds any, and so reads "
@@ -91,16 +67,22 @@ def one_step(page: Page) -> None:
                 1.4,
                 why,
             )
+            page.aim(
+                "the same after hundreds of updates",
+                above_later.median,
+                1.4,
+                why,
+            )
         if n == 4:
             page.aim(
                 "averaging step, 4 replicas: ours / keras-swa",
                 1 / faster.median,
-                1,
+                1 / 2,
                 "4 averages are written, not one, through the memory that one machine's cores "
                 "share",
             )
         rows.append(row)
-    header = ["replicas", "ours", "ours, after 32 snapshots", "keras-swa"]
+    header = ["replicas", "ours", "ours, after hundreds", "keras-swa"]
     header += ["keras-swa / ours", "limit", "ours / limit"]
     page.add(
         "## One averaging step",
@@ -162,12 +144,12 @@ def bn_pass(page: Page) -> None:
     """The BN pass beside a training epoch."""
     cases = [("demo", "the demo's", 1, 60, 3), ("demo", "the demo's", 4, 60, 3)]
     cases += [("resnet50", "ResNet-50 at 64x64", 1, 16, 1)]
-    flavours = FLAVOURS
+    versions = KERAS_VERSIONS
     if page.quick:  # each Keras once, here and in `hooks`
-        cases, flavours = [("demo", "the demo's", 4, 12, 1)], {"Keras 3": False}
+        cases, versions = [("demo", "the demo's", 4, 12, 1)], {"Keras 3": False}
     rows = []
     for network, called, replicas, steps, fits in cases:
-        for flavour, legacy in flavours.items():
+        for version, legacy in versions.items():
             times = [
                 isolated.call(
                     training.bn_pass, network, replicas, steps, replicas=replicas, legacy=legacy
@@ -181,9 +163,9 @@ def bn_pass(page: Page) -> None:
             end = np.median([fit["pass"][-1] for fit in times])
             pooling = f"{(end - np.median(steady)) * 1e3:.0f} ms"
             steps_of = ms([t for fit in times for t in fit["training"]]), ms(steady)
-            rows.append([called, flavour, str(replicas), *steps_of, share.show(), pooling])
+            rows.append([called, version, str(replicas), *steps_of, share.show(), pooling])
             page.aim(
-                f"step of the BN pass / training step, {called}, {flavour}, {replicas} replicas",
+                f"step of the BN pass / training step, {called}, {version}, {replicas} replicas",
                 share.median,
                 0.5,
                 "the statistics of what each BN layer is fed come on top of a forward pass, and in "
@@ -203,7 +185,7 @@ def whole_fit(page: Page) -> None:
     rounds, epochs, steps = (1, 4, 8) if page.quick else (10, 12, 15)
     rows = []
     for network, called in (("demo", "the demo's"), ("no BN", "two convolutions, no BN")):
-        for flavour, legacy in FLAVOURS.items():
+        for version, legacy in KERAS_VERSIONS.items():
             if page.quick and legacy == (network == "demo"):
                 continue
             found = isolated.call(training.whole_fit, network, rounds, epochs, steps, legacy=legacy)
@@ -213,9 +195,9 @@ def whole_fit(page: Page) -> None:
                 rest, traced = rest - found["trace"], s(found["trace"])
             without = ratio(rest, plain)
             fits = s(plain), s(ours), ratio(ours, plain).show()
-            rows.append([called, flavour, *fits, traced, s(found["hooks"]), without.show()])
+            rows.append([called, version, *fits, traced, s(found["hooks"]), without.show()])
             page.aim(
-                f"whole `fit` with SWA / without, but for what is done once, {called}, {flavour}",
+                f"whole `fit` with SWA / without, but for what is done once, {called}, {version}",
                 without.median,
                 1.0,
                 "no BN pass saves a backward pass here: what is left is the snapshots, and the "
@@ -237,29 +219,92 @@ def whole_fit(page: Page) -> None:
 
 def hooks(page: Page) -> None:
     """Steps before averaging begins."""
-    sizes, flavours = (8, 7, 300), FLAVOURS
+    sizes, versions = (8, 7, 300), KERAS_VERSIONS
     if page.quick:
-        sizes, flavours = (2, 5, 50), {"tf_keras": True}
+        sizes, versions = (2, 5, 50), {"tf_keras": True}
     rows = []
-    for flavour, legacy in flavours.items():
+    for version, legacy in versions.items():
         times = isolated.call(training.hooks, *sizes, legacy=legacy)
         empty, ours = times[training.EMPTY], times[training.OURS]
         spread = Spread.of(empty)
         excess = float(np.median(ours)) - spread.median
-        rows.append([flavour, *(us(times[c]) for c in (training.PLAIN, training.EMPTY))])
+        rows.append([version, *(us(times[c]) for c in (training.PLAIN, training.EMPTY))])
         rows[-1] += [us(ours), f"{excess * 1e6:+.0f} µs"]
         page.aim(
-            "step before averaging: (SWA - empty callback) / interquartile range of the latter, "
-            f"{flavour}",
-            excess / max(spread.high - spread.low, 1e-9),
-            1.0,
-            "rows and batches are counted in the training step, a handful of scalar operations",
+            f"step before averaging: SWA beyond an empty callback, µs, {version}",
+            excess * 1e6,
+            30,
+            "samples and batches are counted in the training step, a handful of scalar operations",
         )
     page.add(
         "## Steps before averaging begins",
         "A network of one layer and 9 weights, so that hooks are what there is to see; time per "
         "step, epoch by epoch.",
         report.table(["Keras", "no callback", "empty callback", "SWA", "SWA beyond empty"], rows),
+    )
+
+
+def done_once(page: Page) -> None:
+    """What is done once in a fit of ResNet-50."""
+    goals = {"hooks": 0.15, "pass": 0.8, "end": 0.05}
+    called = {
+        "hooks": "SWA's hooks, in all",
+        "pass": "first step of the BN pass",
+        "end": "end of the BN pass",
+    }
+    versions, rows = KERAS_VERSIONS, []
+    if page.quick:
+        versions = {"Keras 3": False}
+    for version, legacy in versions.items():
+        for n in (1,) if page.quick else (1, 2, 4):
+            found = isolated.call(once.of_resnet50, n, replicas=n, legacy=legacy)
+            shares = {part: found[part] / found["training"] for part in goals}
+            cells = [f"{s(found[part])}: {report.digits(shares[part])}" for part in goals]
+            rows.append([version, str(n), s(found["training"]), *cells])
+            for part, goal in goals.items():
+                page.aim(
+                    f"{called[part]} / first training step, ResNet-50, {version}, {n} replicas",
+                    shares[part],
+                    goal,
+                    "see below",
+                )
+    page.add(
+        "## What is done once",
+        f"ResNet-50 at 32x32, {once.EPOCHS} epochs of {once.STEPS} steps, `SWA(2)`; CPU seconds, "
+        "and the ratio to the first call of the training step, which is traced.",
+        report.table(["Keras", "replicas", "first training step", *called.values()], rows),
+    )
+
+
+def short_fit(page: Page) -> None:
+    """A short fit of MobileNetV2 with and without SWA."""
+    replicas, epochs, steps, rounds = (1, 3, 2, 1) if page.quick else (2, 5, 8, 3)
+    rows = []
+    for version, legacy in KERAS_VERSIONS.items():
+        fits: dict[bool, list[float]] = {False: [], True: []}
+        for _ in range(rounds):
+            for with_swa, seconds in fits.items():
+                seconds.append(
+                    isolated.call(
+                        once.whole_fit,
+                        *(replicas, epochs, steps, with_swa),
+                        replicas=replicas,
+                        legacy=legacy,
+                    )
+                )
+        more = ratio(fits[True], fits[False])
+        rows.append([version, s(fits[False]), s(fits[True]), more.show()])
+        page.aim(
+            f"whole `fit` of MobileNetV2, {replicas} replicas, from the first step, {version}",
+            more.median,
+            1.6,
+            "see below",
+        )
+    page.add(
+        "## A short `fit` from its first step",
+        f"MobileNetV2 at 64x64 on {replicas} replicas, {epochs} epochs of {steps} steps, `SWA(2)`; "
+        "CPU seconds, each of a process of its own.",
+        report.table(["Keras", "without", "with SWA", "ratio"], rows),
     )
 
 
@@ -334,7 +379,10 @@ def every_step(page: Page) -> None:
     if not page.quick:
         cases += [("resnet50", "ResNet-50 at 64x64", 12)]
     ways: Sequence[tuple[str, list[str], dict[str, Any]]] = [
-        *((f, [training.OURS, training.EMA], {"legacy": legacy}) for f, legacy in FLAVOURS.items()),
+        *(
+            (f, [training.OURS, training.EMA], {"legacy": legacy})
+            for f, legacy in KERAS_VERSIONS.items()
+        ),
         ("TF 2.15", [training.ADDONS], {"python": isolated.ADDONS}),
     ]
     averages = {

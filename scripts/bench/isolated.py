@@ -30,6 +30,7 @@ def call(
     replicas: int = 1,
     legacy: bool = False,
     python: str | os.PathLike = sys.executable,
+    gpu: bool = False,
 ) -> Any:
     """Call a function of a module in another process.
 
@@ -39,6 +40,7 @@ def call(
         replicas: How many virtual CPUs there are.
         legacy: Whether `tf.keras` is tf_keras.
         python: The interpreter, and so the environment.
+        gpu: Whether it sees GPUs, too.
 
     Returns:
         What it returns, as it comes out of JSON.
@@ -46,7 +48,9 @@ def call(
     Raises:
         FailedError: It raised, or its process ended without a word.
     """
-    environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3", CUDA_VISIBLE_DEVICES="")
+    environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3", TF_FORCE_GPU_ALLOW_GROWTH="true")
+    if not gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     environment.pop("TF_USE_LEGACY_KERAS", None)
     if legacy:
         environment["TF_USE_LEGACY_KERAS"] = "1"

@@ -48,6 +48,41 @@ def digits(value: float) -> str:
     return f"{value:,.{min(max(decimals, 0), 3)}f}"
 
 
+class Page:
+    """What was found so far: paragraphs, and which targets were met.
+
+    Args:
+        options: What `arguments` has read.
+        name: Name of the file.
+        introduction: The paragraphs at its beginning, the title first.
+    """
+
+    def __init__(self, options: argparse.Namespace, name: str, *introduction: str) -> None:
+        self.quick: bool = options.quick
+        self.output: Path = options.output
+        self._name = name
+        self._introduction = introduction
+        self._targets: list[list[str]] = []
+        self._paragraphs: list[str] = []
+
+    def add(self, *paragraphs: str) -> None:
+        """Add paragraphs or tables."""
+        self._paragraphs += paragraphs
+
+    def aim(self, what: str, found: float, at_most: float, cause: str) -> None:
+        """State a target, whether it was met, and if not, why."""
+        missed = "missed, at these sizes" if self.quick else f"missed: {cause}"
+        outcome = "met" if found <= at_most else missed
+        self._targets.append([what, digits(at_most), digits(found), outcome])
+
+    def write(self) -> None:
+        """Write down what there is."""
+        targets = table(["target", "at most", "found", ""], self._targets)
+        write(
+            self.output, self._name, *self._introduction, "## Targets", targets, *self._paragraphs
+        )
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
