@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from scripts.bench import isolated, networks, report
-from scripts.bench.clock import Times, alternate
+from scripts.bench.clock import Times, alternate, step_timer, time_hooks
 from scripts.bench.cost import KERAS_VERSIONS, ms, ratio, s
 from scripts.bench.report import Page
 
@@ -160,7 +160,6 @@ def one_fit(quick: bool) -> dict[str, Any]:
     """
     import tensorflow as tf
 
-    from scripts.bench.once import time_hooks, timer
     from swa_dist import SWA, WeightAverage
 
     keras = tf.keras
@@ -173,7 +172,7 @@ def one_fit(quick: bool) -> dict[str, Any]:
         )
     one = tf.random.normal([batch, pixels, pixels, 3]), tf.zeros([batch], tf.int32)
     data = tf.data.Dataset.from_tensors(one).cache().repeat(steps)
-    clock, swa = timer(_synchronized_clock), SWA(2)
+    clock, swa = step_timer(_synchronized_clock), SWA(2)
     spent = time_hooks(swa, _synchronized_clock)
     model.fit(data, epochs=4, verbose=0, callbacks=[clock, swa])
     training, bn_pass = clock.steps[0], clock.steps[-1]
@@ -186,14 +185,14 @@ def one_fit(quick: bool) -> dict[str, Any]:
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             average.update()
 
-    plain, updated = timer(_synchronized_clock), timer(_synchronized_clock)
+    plain, updated = step_timer(_synchronized_clock), step_timer(_synchronized_clock)
     model.fit(data, epochs=2, verbose=0, callbacks=[plain])
     model.fit(data, epochs=2, verbose=0, callbacks=[updated, Updater()])
     return {
         "training": clock.steps[1][1:-1],
         "pass": bn_pass[1:-1],
         "first": [training[0]],
-        "hooks": [sum(spent.values())],
+        "hooks": [sum(map(sum, spent.values()))],
         "bn": [bn_pass[0]],
         "end": [max(bn_pass[-1] - float(np.median(bn_pass[1:-1])), 0.0)],
         "plain": plain.steps[1][1:-1],

@@ -1,23 +1,14 @@
 """What SWA does once in a `fit`, traces above all, beside what `fit` itself does once."""
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from scripts.bench import networks
+from scripts.bench.clock import step_timer, time_hooks
 
 EPOCHS, STEPS, BATCH = 4, 4, 16
-HOOKS = (
-    "train_begin",
-    "epoch_begin",
-    "train_batch_begin",
-    "train_batch_end",
-    "test_begin",
-    "epoch_end",
-    "train_end",
-)
 
 
 def of_resnet50(replicas: int) -> dict[str, float]:
@@ -31,13 +22,13 @@ def of_resnet50(replicas: int) -> dict[str, float]:
 
     with networks.mirrored(replicas).scope():
         model = networks.resnet50(_keras(), pixels=32)
-    steps, swa = timer(), SWA(2)
-    spent = time_hooks(swa)
-    _fit(model, EPOCHS, STEPS, [steps, swa])
-    training, bn_pass = steps.steps[0], steps.steps[-1]
+    timer, swa = step_timer(time.process_time), SWA(2)
+    spent = time_hooks(swa, time.process_time)
+    _fit(model, EPOCHS, STEPS, [timer, swa])
+    training, bn_pass = timer.steps[0], timer.steps[-1]
     return {
         "training": training[0],
-        "hooks": sum(spent.values()),
+        "hooks": sum(map(sum, spent.values())),
         "pass": bn_pass[0],
         "end": max(bn_pass[-1] - float(np.median(bn_pass[1:-1])), 0.0),
     }
@@ -72,43 +63,3 @@ def _fit(model: Any, epochs: int, steps: int, callbacks: list[Any]) -> None:
     batch = tf.random.normal([BATCH, *model.input_shape[1:]]), tf.zeros([BATCH], tf.int32)
     data = tf.data.Dataset.from_tensors(batch).cache().repeat(steps)
     model.fit(data, epochs=epochs, verbose=0, callbacks=callbacks)
-
-
-def time_hooks(callback: Any, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
-    """Have a callback's hooks timed; return what will hold the time spent in each: CPU seconds."""
-    spent = dict.fromkeys(HOOKS, 0.0)
-
-    def timed(name: str) -> None:
-        hook = getattr(callback, f"on_{name}")
-
-        def call(*args: Any, **kwargs: Any) -> None:
-            began = clock()
-            hook(*args, **kwargs)
-            spent[name] += clock() - began
-
-        setattr(callback, f"on_{name}", call)
-
-    for name in HOOKS:
-        timed(name)
-    return spent
-
-
-def timer(clock: Callable[[], float] = time.process_time) -> Any:
-    """Return a callback that keeps how long each step of each epoch took: CPU seconds."""
-
-    class Timer(_keras().callbacks.Callback):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.steps: list[list[float]] = []
-
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.marks: list[float] = []
-
-        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-            self.marks.append(clock())
-
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            self.marks.append(clock())
-            self.steps.append(list(np.diff(self.marks)))
-
-    return Timer()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from scripts.bench import networks, peers
+from scripts.bench.clock import step_timer, time_hooks
 from scripts.demo import build_model as demo_network
 
 PLAIN, EMPTY, OURS, EMA, ADDONS = "plain", "empty callback", "ours", "use_ema", "addons"
@@ -23,7 +24,7 @@ def bn_pass(network: str, replicas: int, steps: int) -> dict[str, list[float]]:
     from swa_dist import SWA
 
     model, batch = _network(network, replicas)
-    timer = _timer()
+    timer = step_timer()
     model.fit(_repeated(batch, steps), epochs=3, verbose=0, callbacks=[SWA(1), timer])
     _, training, bn_pass = timer.steps
     return {"training": training[1:-1], "pass": bn_pass[1:]}
@@ -46,8 +47,8 @@ def whole_fit(network: str, rounds: int, epochs: int, steps: int) -> dict[str, l
         for what in (PLAIN, OURS):
             tf.keras.backend.clear_session()
             model, batch = _network(network, replicas=1)
-            swa, timer = SWA(epochs * 3 // 4), _timer()
-            longest = _time_hooks(swa)
+            swa, timer = SWA(epochs * 3 // 4), step_timer()
+            spent = time_hooks(swa)
             callbacks = [swa, timer] if what == OURS else [timer]
             began = time.perf_counter()
             model.fit(_repeated(batch, steps), epochs=epochs, verbose=0, callbacks=callbacks)
@@ -58,7 +59,7 @@ def whole_fit(network: str, rounds: int, epochs: int, steps: int) -> dict[str, l
             if what == OURS:
                 first, *others = timer.steps[-1]
                 seconds["trace"].append(max(first - float(np.median(others)), 0.0))
-                seconds["hooks"].append(sum(longest.values()))
+                seconds["hooks"].append(sum(map(max, spent.values())))
     return seconds
 
 
@@ -142,7 +143,7 @@ def every_step(network: str, contenders: list[str], rounds: int, steps: int) -> 
         callbacks = [_updater(model)] if what == OURS else []
 
         def fit() -> list[float]:
-            timer = _timer()
+            timer = step_timer()
             model.fit(_repeated(batch, steps), verbose=0, callbacks=[*callbacks, timer])
             return list(timer.steps[0][2:-1])
 
@@ -199,23 +200,6 @@ def _without_bn(keras: Any) -> Any:
     )
 
 
-def _time_hooks(callback: Any) -> dict[str, float]:
-    """Have a callback's hooks timed; return what will hold the longest call of each."""
-    longest: dict[str, float] = {}
-
-    def timed(name: str, hook: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            began = time.perf_counter()
-            hook(*args, **kwargs)
-            longest[name] = max(longest.get(name, 0.0), time.perf_counter() - began)
-
-        return call
-
-    for name in ("train_begin", "epoch_begin", "train_batch_end", "epoch_end", "train_end"):
-        setattr(callback, f"on_{name}", timed(name, getattr(callback, f"on_{name}")))
-    return longest
-
-
 def _updater(model: Any) -> Any:
     import tensorflow as tf
 
@@ -230,25 +214,3 @@ def _updater(model: Any) -> Any:
             average.update()
 
     return Updater()
-
-
-def _timer() -> Any:
-    """Return a callback that keeps how long each step of each epoch took, all hooks included."""
-    import tensorflow as tf
-
-    class Timer(tf.keras.callbacks.Callback):
-        def __init__(self) -> None:
-            super().__init__()
-            self.steps: list[list[float]] = []
-
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.marks: list[float] = []
-
-        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-            self.marks.append(time.perf_counter())
-
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            self.marks.append(time.perf_counter())
-            self.steps.append(list(np.diff(self.marks)))
-
-    return Timer()
