@@ -81,6 +81,8 @@ class Run:
         """Look for weights that the first step has built; after the last step carry the average."""
         state = self._state
         position = state.position
+        if position.has_stepped and not position.is_last_batch:
+            return
         state.move(has_stepped=True, is_last_batch=False)
         if not position.has_stepped and position.epoch is not None:
             state.rates.check_used()
