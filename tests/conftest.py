@@ -6,18 +6,15 @@ from collections.abc import Iterator
 import pytest
 import tensorflow as tf
 
+from tests import devices
+from tests.devices import mirrored
 from tests.kits import KITS, Kit
-
-N_DEVICES = 4
 
 # Keras keeps a graph of each model alive. To look through them all again and again for garbage
 # would take as long as the tests: the fixture `kit` does it, and only through what is new.
 gc.disable()
 
-_cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(
-    _cpu, [tf.config.LogicalDeviceConfiguration()] * N_DEVICES
-)
+devices.set_up()
 
 
 @pytest.fixture(params=KITS, ids=lambda kit: kit.name)
@@ -68,11 +65,3 @@ def two_replicas() -> tf.distribute.Strategy:
 @pytest.fixture
 def four_replicas() -> tf.distribute.Strategy:
     return mirrored(4)
-
-
-def mirrored(n: int) -> tf.distribute.Strategy:
-    # The default all-reduce forms its groups once a process: strategies of several sizes would
-    # abort each other. tests/test_default_all_reduce.py has processes of its own for it.
-    return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(n)], cross_device_ops=tf.distribute.ReductionToOneDevice()
-    )

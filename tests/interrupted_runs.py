@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
+from tests import devices
+
 SEED, EPOCHS = 5, 6
 AT_THE_END = ("train end 0", "train end 1", "train end 2")
 
@@ -78,14 +80,9 @@ def points(kit, scenario, generator):
 
 def live(kit, scenario, folder, point, result):
     """Train, from wherever the last life came to, to `point`, or to the end."""
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    devices = [tf.config.LogicalDeviceConfiguration()] * scenario.replicas
-    tf.config.set_logical_device_configuration(cpu, devices)
+    devices.set_up(scenario.replicas)
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})  # takes long
-    strategy = tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(scenario.replicas)],
-        cross_device_ops=tf.distribute.ReductionToOneDevice(),
-    )
+    strategy = devices.mirrored(scenario.replicas)
     keras = kit.keras
     keras.utils.set_random_seed(7)
     with strategy.scope():

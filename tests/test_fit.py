@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.devices import devices
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 EPOCHS = 5
@@ -95,7 +96,7 @@ def test_without_replicas(kit, where):
     strategy = (
         tf.distribute.get_strategy()
         if where == "no strategy"
-        else tf.distribute.OneDeviceStrategy("CPU:0")
+        else tf.distribute.OneDeviceStrategy(*devices(1))
     )
     model, taps, norms = build(kit, strategy)
     recorder = kit.Recorder()

@@ -6,21 +6,23 @@ The other tests run without one, and under MirroredStrategy that reduces to its 
 import pytest
 import tensorflow as tf
 
+from tests.devices import devices
 from tests.fits import assert_exact, build, fit
 from tests.tolerances import assert_bitwise
 
-CPUS = ["CPU:0", "CPU:1"]
+DEVICES = devices(4)
 
 
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: tf.distribute.OneDeviceStrategy("CPU:1"),
+        lambda: tf.distribute.OneDeviceStrategy(DEVICES[1]),
         lambda: tf.distribute.MirroredStrategy(
-            CPUS, cross_device_ops=tf.distribute.ReductionToOneDevice(reduce_to_device="CPU:3")
+            DEVICES[:2],
+            cross_device_ops=tf.distribute.ReductionToOneDevice(reduce_to_device=DEVICES[3]),
         ),
         lambda: tf.distribute.MirroredStrategy(
-            CPUS, cross_device_ops=tf.distribute.HierarchicalCopyAllReduce()
+            DEVICES[:2], cross_device_ops=tf.distribute.HierarchicalCopyAllReduce()
         ),
     ],
     ids=["one device", "to another", "copies"],
@@ -33,7 +35,7 @@ def test_served(kit, make):
 
 
 def test_central_storage_is_refused(kit):
-    strategy = tf.distribute.experimental.CentralStorageStrategy(CPUS, "CPU:0")
+    strategy = tf.distribute.experimental.CentralStorageStrategy(DEVICES[:2], DEVICES[0])
     model = build(kit, strategy, norm=False)
     before = model.get_weights()
     with pytest.raises(ValueError, match=r"its own copy of the weights.*CentralStorage"):

@@ -14,6 +14,7 @@ from swa_dist import infer_batch_size, peekable, update_bn
 from swa_dist.batch_norm import hooks
 from swa_dist.batch_norm.statistics import BatchNormStatistics
 from tests.conftest import mirrored, with_renorm
+from tests.devices import devices
 from tests.kits import rows
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance
 
@@ -672,7 +673,7 @@ def test_a_model_that_is_none_or_not_built_is_refused(kit):
 
 
 def test_a_model_of_another_strategy_is_refused(kit):
-    strategy = tf.distribute.experimental.CentralStorageStrategy(["CPU:0", "CPU:1"], "CPU:0")
+    strategy = tf.distribute.experimental.CentralStorageStrategy(devices(2), *devices(1))
     model = build(kit, strategy) if kit.name == "tf_keras" else build(kit)
     if kit.name == "keras3":
         model._distribute_strategy = mirrored(2)
