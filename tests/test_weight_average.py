@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from swa_dist import WeightAverage
+from swa_dist.averaging import packing
 from tests.tolerances import RELATIVE, RELATIVE_OF_HUNDREDS, assert_bitwise, assert_weights
 
 SHAPES = [(7, 5), (5,), (), (3, 2, 4)]
@@ -110,8 +111,8 @@ def test_buffers_are_mirrored_one_copy_for_each_replica(strategy, monkeypatch):
     average.swap()
     own, *buffers, count, divisor, narrow = created
     assert (tuple(own.shape), own.dtype) == ((), tf.bool)
-    assert [tuple(v.shape) for v in buffers] == SHAPES
-    assert [v.dtype for v in buffers] == [tf.float32, tf.float32, tf.float64, tf.float32]
+    assert [tuple(v.shape) for v in buffers] == [(7 * 5 + 3 * 2 * 4,), *SHAPES[1:3]]
+    assert [v.dtype for v in buffers] == [tf.float32, tf.float32, tf.float64]
     for v in (count, divisor):
         assert (tuple(v.shape), v.dtype) == ((), tf.int64)
     assert (tuple(narrow.shape), narrow.dtype) == (SHAPES[1], tf.float16)
@@ -426,8 +427,8 @@ def test_an_interruption_at_any_moment_swaps_back(two_replicas, monkeypatch):
         monkeypatch.undo()
         raise KeyboardInterrupt
 
-    swap = average._swap_in
-    monkeypatch.setattr(average, "_swap_in", interrupted)
+    swap = average._swap
+    monkeypatch.setattr(average, "_swap", interrupted)
     with pytest.raises(KeyboardInterrupt), average.averaged_weights():
         pytest.fail("It was opened.")
     assert not average.swapped
@@ -446,24 +447,29 @@ def awaited(operation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["_normalize", "_swap_in", "_swap_out", "_copy"])
-def test_weights_and_average_are_exchanged_and_copied_one_variable_at_a_time(strategy, name, dtype):
+@pytest.mark.parametrize("name", ["_normalize", "_swap", "_copy"])
+def test_weights_and_average_are_exchanged_and_copied_one_group_at_a_time(
+    strategy, name, dtype, monkeypatch
+):
     """A replica touches none before it has written the one ahead: one at a time is there twice.
 
     That is in the graph, and the same on every machine. How high memory rises is not: that is for
     the benchmark to measure.
     """
+    monkeypatch.setattr(packing, "_SMALL_BYTES", 64)
     average = average_of(mirrored_variables(strategy, [dtype] * 4), strategy)
+    groups = list(average._groups)
+    assert [group.indices for group in groups] == [(0,), (1, 2), (3,)]
     average.update()
     average.swap()
     average.swap()
     average.copy_to_model()
     turns = {
         copy.handle.ref(): (replica, turn)
-        for turn, variables in enumerate(
-            zip(average.buffers, average._weights, average._narrow, strict=True)
+        for turn, (group, *own) in enumerate(
+            zip(groups, average.buffers, average._narrow, strict=True)
         )
-        for variable in variables
+        for variable in (*own, *(average.weights[i] for i in group.indices))
         if variable is not None
         for replica, copy in enumerate(strategy.experimental_local_results(variable))
     }

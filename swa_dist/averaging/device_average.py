@@ -1,12 +1,14 @@
 """The average of weights on each replica: its buffers, and the graphs that work on them."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from swa_dist.averaging.own_weights import OwnWeights
-from swa_dist.distribution import ReplicaFunction, Untracked, local_variable
+from swa_dist.averaging.packing import Group, Layout, buffer_dtype, groups_of
+from swa_dist.distribution import LocalCopy, ReplicaFunction, Untracked, local_variable
 
 # Updates for which the buffers are sums. A sum needs less memory traffic than a running mean, but
 # loses digits as it grows; if weights hardly move, all rounding errors have the same sign.
@@ -23,34 +25,38 @@ class DeviceAverage(tf.Module):
         strategy: The `tf.distribute.Strategy` under which they were created.
 
     Attributes:
-        buffers: One per weight: the sum of its values, or their mean; the weight itself while the
-            model has the average.
+        buffers: One for each group of weights: the sum of their values, or their mean; the weights
+            themselves while the model has the average.
         count: Updates in the average.
-        divisor: Divisor that turns a buffer into the average: the terms of a sum, or 1 for a mean.
+        divisor: Divisor that turns a buffer into the average: the terms of the sum, as long as it
+            grows; 1 after a swap.
+        buffers_layout: What is in each buffer. A checkpoint of other buffers is refused.
     """
 
     def __init__(self, variables: Sequence[tf.Variable], strategy: tf.distribute.Strategy) -> None:
         super().__init__()
         self._strategy = strategy
         self._weights = Untracked(variables)
+        self._groups = Untracked(groups_of(variables))
         self._own_weights = OwnWeights(strategy)
         with strategy.scope():
             self.buffers = [
-                local_variable(tf.zeros(v.shape, _buffer_dtype(v.dtype))) for v in variables
+                local_variable(tf.zeros(group.shape, group.buffer_dtype)) for group in self._groups
             ]
             self.count = local_variable(tf.zeros([], tf.int64))
             self.divisor = local_variable(tf.zeros([], tf.int64))
-            # While the average is in the model, the buffers hold the weights. A weight narrower
-            # than its buffer could not hold the average, which stays in the buffer.
+            # While the average is in the model, the buffers hold the weights. Weights narrower
+            # than their buffer could not hold the average, which stays in the buffer.
             self._narrow = Untracked(
-                local_variable(tf.zeros(v.shape, v.dtype)) if _is_narrow(v) else None
-                for v in variables
+                local_variable(tf.zeros(group.shape, group.dtype)) if group.is_narrow else None
+                for group in self._groups
             )
+        in_buffers = {f"buffer {i}": str(group) for i, group in enumerate(self._groups, 1)}
+        self.buffers_layout = Layout({**self.layout, **in_buffers})
         self._update = ReplicaFunction(self._update_replica, strategy)
         self._copy = ReplicaFunction(self._copy_replica, strategy)
         self._normalize = ReplicaFunction(self._normalize_replica, strategy)
-        self._swap_in = ReplicaFunction(self._swap_in_replica, strategy)
-        self._swap_out = ReplicaFunction(self._swap_out_replica, strategy)
+        self._swap = ReplicaFunction(self._swap_replica, strategy)
 
     @property
     def weights(self) -> list[tf.Variable]:
@@ -67,109 +73,157 @@ class DeviceAverage(tf.Module):
 
     def first_non_finite(self) -> int | None:
         """Return the index of the first weight whose values do not count as finite."""
-        return next((i for i, v in enumerate(self._weights) if not _is_finite(v)), None)
+        return next(
+            (i for i, v in enumerate(self._weights) if not _all_finite([v.read_value()])), None
+        )
 
     def _update_replica(self) -> None:
         self._own_weights.assertion("`update` must be called")
+        groups = self._local_groups()
         # One value that is not finite spoils a mean, so all are checked before any is added. The
         # replicas hold the same values, so that each decides alone, and alike.
-        finite: list[tf.Tensor] = []
-        for variable in self._weights:
-            # One converted copy in memory at a time.
-            with tf.control_dependencies(finite[-1:] if _is_narrow(variable) else []):
-                finite.append(_is_finite(variable))
+        values = [group.read_weights() for group in groups]
         # TPUs ignore assertions.
-        taken = tf.reduce_all([self._own_weights.flag, *finite])
-        # After a swap the buffers hold means, and stay means.
-        terms = self.count.read_value()
-        are_sums = tf.logical_and(self.divisor == terms, terms < _LONGEST_SUM)
+        taken = tf.logical_and(LocalCopy(self._own_weights.flag).read(), _all_finite(values))
+        count, divisor = LocalCopy(self.count), LocalCopy(self.divisor)
+        terms = count.read()
+        # After a swap the buffers hold means, and stay means. The longest sum becomes a multiple of
+        # the mean, and stays one.
+        are_sums = tf.logical_and(divisor.read() == terms, terms < _LONGEST_SUM)
+
+        def add_to_sums() -> None:
+            done: list[tf.Operation] = []
+            for group, value in zip(groups, values, strict=True):
+                with tf.control_dependencies(done):
+                    added = group.buffer.add(tf.cast(value, group.buffer.dtype))
+                if group.narrow:
+                    done = [added]  # one converted copy in memory at a time
+            count.assign(terms + 1)
+            divisor.assign(terms + 1)
+
+        def move_means() -> None:
+            n, d = _cast_once(terms + 1), _cast_once(divisor.read())
+            part = functools.cache(lambda dtype: 1 / n(dtype))
+            minus_part = functools.cache(lambda dtype: -d(dtype) * part(dtype))
+            done: list[tf.Operation] = []
+            for group, value in zip(groups, values, strict=True):
+                buffer, dtype = group.buffer, group.buffer.dtype
+                # a - a / n + w / n, and not a - (a - w) / n, whose single rounding has the same
+                # sign each time if w drifts. Those of a - a / n do not, as a / n is another
+                # fraction of a in each update. The buffer is a times the divisor, a power of two.
+                with tf.control_dependencies(done):
+                    shrunk = buffer.subtract(buffer.read() * part(dtype))
+                with tf.control_dependencies([shrunk]):
+                    done = [buffer.subtract_multiple(minus_part(dtype), tf.cast(value, dtype))]
+            count.assign(terms + 1)
+
         # One choice of three, not nested ones: each captures every variable.
         tf.switch_case(
-            tf.where(taken, tf.where(are_sums, 1, 2), 0),
-            [lambda: None, self._add_to_sums, self._move_means],
+            tf.where(taken, tf.where(are_sums, 1, 2), 0), [lambda: None, add_to_sums, move_means]
         )
-
-    def _add_to_sums(self) -> None:
-        self.count.assign_add(1)
-        done: list[tf.Operation] = []
-        for buffer, variable in zip(self.buffers, self._weights, strict=True):
-            with tf.control_dependencies(done):
-                value = tf.cast(variable, buffer.dtype)
-                added = buffer.assign_add(value, read_value=False)
-            if _is_narrow(variable):
-                done = [added]  # one converted copy in memory at a time
-        self.divisor.assign(self.count)
-
-    def _move_means(self) -> None:
-        self.count.assign_add(1)
-
-        def move(buffer: tf.Variable, variable: tf.Variable, _: Any) -> tf.Operation:
-            # Not a - (a - w) / n, whose single rounding has the same sign each time if w drifts.
-            # Those of a - a / n do not, as a / n is another fraction of a in each update.
-            average, n = self._average(buffer), tf.cast(self.count, buffer.dtype)
-            return buffer.assign(average - average / n + tf.cast(variable, buffer.dtype) / n)
-
-        self._each(move)
-        self.divisor.assign(1)
 
     def _copy_replica(self) -> None:
         own = self._own_weights.assertion("`copy_to_model` must be called")
         with tf.control_dependencies([own]):
-            self._each(lambda buffer, v, _: v.assign(tf.cast(self._average(buffer), v.dtype)))
+            divisor = _cast_once(LocalCopy(self.divisor).read())
+            _one_by_one(
+                self._local_groups(),
+                lambda group: group.assign_weights(
+                    group.buffer.read() / divisor(group.buffer.dtype)
+                ),
+            )
 
     def _normalize_replica(self) -> None:
+        groups, divisor = self._local_groups(), LocalCopy(self.divisor)
+        terms = divisor.read()
+
         def divide() -> None:
-            self._each(lambda buffer, *_: buffer.assign(self._average(buffer)))
-            self.divisor.assign(1)
+            d = _cast_once(terms)
 
-        tf.cond(self.divisor > 1, divide, lambda: None)
+            def divide_one(group: _LocalGroup) -> list[tf.Operation]:
+                return [group.buffer.assign(group.buffer.read() / d(group.buffer.dtype))]
 
-    def _swap_in_replica(self) -> None:
-        def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
-            average, weight = buffer.read_value(), variable.read_value()
-            with tf.control_dependencies([average, weight]):
-                kept = [variable.assign(tf.cast(average, variable.dtype))]
-                kept += [(buffer if narrow is None else narrow).assign(weight)]
-            return tf.group(kept)
+            _one_by_one(groups, divide_one)
+            divisor.assign(tf.ones_like(terms))
 
-        self._each(swap)
-        self._own_weights.flag.assign(False)
+        tf.cond(terms > 1, divide, lambda: None)
 
-    def _swap_out_replica(self) -> None:
-        def swap(buffer: tf.Variable, variable: tf.Variable, narrow: Any) -> tf.Operation:
-            if narrow is not None:
-                return variable.assign(narrow)
-            average, weight = variable.read_value(), buffer.read_value()
-            with tf.control_dependencies([average, weight]):
-                return tf.group(variable.assign(weight), buffer.assign(average))
+    def _swap_replica(self) -> None:
+        flag = LocalCopy(self._own_weights.flag)
+        has_own_weights = flag.read()
 
-        self._each(swap)
-        self._own_weights.flag.assign(True)
+        def swap(group: _LocalGroup) -> list[tf.Operation]:
+            weights, others = group.read_weights(), group.buffer.read()
+            if group.narrow:
+                others = tf.where(
+                    has_own_weights, tf.cast(others, group.narrow.dtype), group.narrow.read()
+                )
+            with tf.control_dependencies([weights, others]):
+                kept = (group.narrow or group.buffer).assign(weights)
+                return [*group.assign_weights(others), kept]
 
-    def _average(self, buffer: tf.Variable) -> tf.Tensor:
-        return buffer / tf.cast(self.divisor, buffer.dtype)
+        _one_by_one(self._local_groups(), swap)
+        flag.assign(tf.logical_not(has_own_weights))
 
-    def _each(self, change: Callable[..., tf.Operation]) -> None:
-        """Call `change` with each buffer, its weight, and the copy that a narrow weight has.
-
-        One after the other, so that no more than one of them is in memory twice.
-        """
-        done: list[tf.Operation] = []
-        for each in zip(self.buffers, self._weights, self._narrow, strict=True):
-            with tf.control_dependencies(done):
-                done = [change(*each)]
-
-
-def _is_narrow(variable: tf.Variable) -> bool:
-    return variable.dtype != _buffer_dtype(variable.dtype)
+    def _local_groups(self) -> list["_LocalGroup"]:
+        weights = [LocalCopy(v) for v in self._weights]
+        return [
+            _LocalGroup(
+                group,
+                [weights[i] for i in group.indices],
+                LocalCopy(buffer),
+                None if narrow is None else LocalCopy(narrow),
+            )
+            for group, buffer, narrow in zip(self._groups, self.buffers, self._narrow, strict=True)
+        ]
 
 
-def _buffer_dtype(dtype: tf.DType) -> tf.DType:
-    return dtype if dtype.size > tf.float32.size else tf.float32
+class _LocalGroup(NamedTuple):
+    """What a replica has of a group: the weights, their buffer, and a copy of narrow ones."""
+
+    group: Group
+    weights: list[LocalCopy]
+    buffer: LocalCopy
+    narrow: LocalCopy | None
+
+    def read_weights(self) -> tf.Tensor:
+        return self.group.pack([weight.read() for weight in self.weights])
+
+    def assign_weights(self, packed: tf.Tensor) -> list[tf.Operation]:
+        values = self.group.unpack(tf.cast(packed, self.group.dtype))
+        return [weight.assign(value) for weight, value in zip(self.weights, values, strict=True)]
 
 
-def _is_finite(variable: tf.Variable) -> tf.Tensor:
-    total = tf.reduce_sum(tf.cast(variable, _buffer_dtype(variable.dtype)))
-    if total.dtype.is_complex:
-        return tf.math.is_finite(tf.math.real(total)) & tf.math.is_finite(tf.math.imag(total))
-    return tf.math.is_finite(total)
+def _one_by_one(
+    groups: Iterable[_LocalGroup], change: Callable[[_LocalGroup], list[tf.Operation]]
+) -> None:
+    """Change the groups one after the other, so that no more than one is in memory twice."""
+    done: list[tf.Operation] = []
+    for group in groups:
+        with tf.control_dependencies(done):
+            done = change(group)
+
+
+def _cast_once(value: tf.Tensor) -> Callable[[tf.DType], tf.Tensor]:
+    """Return a function that converts a number to a dtype, by one operation for all its calls."""
+    return functools.cache(lambda dtype: tf.cast(value, dtype))
+
+
+def _all_finite(values: Iterable[tf.Tensor]) -> tf.Tensor:
+    """Return whether the sum of each tensor is finite: that reads memory once."""
+    totals: dict[tf.DType, list[tf.Tensor]] = {}
+    axes = functools.cache(lambda rank: tf.constant([*range(rank)], tf.int32))
+    done: list[tf.Tensor] = []
+    for value in values:
+        dtype = buffer_dtype(value.dtype)
+        with tf.control_dependencies(done):
+            total = tf.raw_ops.Sum(input=tf.cast(value, dtype), axis=axes(value.shape.rank))
+        if dtype != value.dtype:
+            done = [total]  # one converted copy in memory at a time
+        totals.setdefault(dtype, []).append(total)
+    parts = [
+        part
+        for dtype, ts in totals.items()
+        for part in ([tf.math.real(ts), tf.math.imag(ts)] if dtype.is_complex else [tf.stack(ts)])
+    ]
+    return tf.reduce_all([tf.reduce_all(tf.math.is_finite(part)) for part in parts])

@@ -1,7 +1,7 @@
 """The running average of a model's weights, kept on every replica."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -84,13 +84,10 @@ class WeightAverage(DeviceAverage):
         """Whether the weights are bitwise the average, on this worker's first replica."""
         if self.swapped:
             return True
-        local, divisor = (
-            self._strategy.experimental_local_results,
-            read_local(self.divisor, self._strategy),
-        )
+        weights = self._first_copies(self._weights)
         differs = [
-            tf.reduce_any(tf.cast(local(buffer)[0] / divisor, v.dtype) != local(v)[0])
-            for buffer, v in zip(self.buffers, self._weights, strict=True)
+            tf.reduce_any(average != group.pack([weights[i].read_value() for i in group.indices]))
+            for group, average in zip(self._groups, self._averages(), strict=True)
         ]
         return not tf.reduce_any(differs)
 
@@ -140,12 +137,12 @@ class WeightAverage(DeviceAverage):
         """
         self._refuse_without_average()
         if self.swapped:
-            self._swap_out()
+            self._swap()
             self._own_weights.certain = True
         else:
             self.normalize()
             self._own_weights.certain = False
-            self._swap_in()
+            self._swap()
 
     def normalize(self) -> None:
         """Turn sums into means, as a swap does.
@@ -189,14 +186,25 @@ class WeightAverage(DeviceAverage):
             RuntimeError: There is no average yet.
         """
         self._refuse_without_average()
-        local = self._strategy.experimental_local_results
         if self.swapped:
-            return [np.array(local(v)[0].numpy(), copy=True) for v in self._weights]
+            return [np.array(v.numpy(), copy=True) for v in self._first_copies(self._weights)]
+        arrays = {
+            i: value.numpy()
+            for group, average in zip(self._groups, self._averages(), strict=True)
+            for i, value in zip(group.indices, group.unpack(average), strict=True)
+        }
+        return [arrays[i] for i in sorted(arrays)]
+
+    def _averages(self) -> list[tf.Tensor]:
+        """Return the average of each group, on this worker's first replica."""
         divisor = read_local(self.divisor, self._strategy)
         return [
-            tf.cast(local(buffer)[0] / divisor, v.dtype).numpy()
-            for buffer, v in zip(self.buffers, self._weights, strict=True)
+            tf.cast(buffer / divisor, group.dtype)
+            for group, buffer in zip(self._groups, self._first_copies(self.buffers), strict=True)
         ]
+
+    def _first_copies(self, variables: Iterable[tf.Variable]) -> list[tf.Variable]:
+        return [self._strategy.experimental_local_results(v)[0] for v in variables]
 
     def _refuse_without_average(self) -> None:
         if not self.n_averaged:
