@@ -1,8 +1,8 @@
 """Counts, means and squared deviations of positions, to the precision of float32.
 
-Moments are a tensor of shape (2, 3, channels): count n, mean, and sum of squared deviations M2, each
-an unevaluated sum of a high part, `moments[0]`, and a low part, `moments[1]`. So a float32 count is
-exact up to 2^48.
+Moments are a tensor of shape (2, 3, channels): count n, mean, and sum of squared deviations M2,
+each an unevaluated sum of a high part, `moments[0]`, and a low part, `moments[1]`. So a float32
+count is exact up to 2^48.
 """
 
 import math
@@ -70,15 +70,17 @@ def combine(before: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
         before: The moments of what was counted before.
         batch: The moments of a batch.
     """
-    high, low = batch[0], batch[1]
-    n_before, n_batch = before[0, 0] + before[1, 0], high[0] + low[0]
-    fraction = n_batch / tf.maximum(n_before + n_batch, 1)
-    delta, small = high[1] - before[0, 1], low[1] - before[1, 1]
-    between = tf.square(delta + small) * n_before * fraction
-    increment = tf.stack([high[0], delta * fraction, high[2] + between])
-    total, error = _two_sum(before[0], increment)
-    error += tf.stack([low[0], small * fraction, low[2]])
-    return tf.stack([total, before[1] + error])
+    high, low = tf.unstack(before)
+    (count, mean, _), (count_low, mean_low, _) = tf.unstack(high), tf.unstack(low)
+    (n, batch_mean, squares), (n_low, error, squares_low) = map(tf.unstack, tf.unstack(batch))
+
+    count += count_low
+    fraction = (n + n_low) / tf.maximum(count + (n + n_low), 1)
+    delta, small = batch_mean - mean, error - mean_low
+    between = tf.square(delta + small) * count * fraction
+    high, rounded = _two_sum(high, tf.stack([n, delta * fraction, squares + between]))
+    low += rounded + tf.stack([n_low, small * fraction, squares_low])
+    return tf.stack([high, low])
 
 
 def _two_sum(a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from swa_dist.batch_norm.accumulate import SharedAccumulate
@@ -22,7 +21,7 @@ class BatchNormStatistics:
     """Count, mean and squared deviations of the positions that reach each layer.
 
     A position is one vector over the channel axes: an image of 28 x 28 pixels has 784. While
-    `observing` is open, each replica accumulates the positions that it sees; `pool` then assigns
+    `observe` is open, each replica accumulates the positions that it sees; `pool` then assigns
     the mean and the population variance (divisor n) of all positions on all replicas.
 
     Batches and replicas are combined by the pairwise update of Chan et al., in which a batch enters
@@ -74,7 +73,7 @@ class BatchNormStatistics:
     @property
     def is_filled(self) -> bool:
         """Whether positions had reached any of the layers at the last `pool`."""
-        return any(self._read(group.reached).any() for group in self._groups)
+        return any(any(self._read(group.reached)) for group in self._groups)
 
     @property
     def unobserved(self) -> list[Any]:
@@ -107,7 +106,8 @@ class BatchNormStatistics:
 
         return add
 
-    def _read(self, variable: tf.Variable) -> np.ndarray:
+    def _read(self, variable: tf.Variable) -> Any:
+        """Return the array that a local variable is on this worker's first replica."""
         return self._strategy.experimental_local_results(variable)[0].numpy()
 
     def _begin_replica(self) -> None:
@@ -124,7 +124,8 @@ class BatchNormStatistics:
         counts = [high[0] + low[0] for high, low in parts]
         totals = sum_over_replicas(counts)
         fractions = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
-        means, deviations = mean_over_replicas([(high[1], low[1]) for high, low in parts], fractions)
+        own_means = [(high[1], low[1]) for high, low in parts]
+        means, deviations = mean_over_replicas(own_means, fractions)
         squares = sum_over_replicas(
             [
                 high[2] + low[2] + n * tf.square(deviation)
@@ -184,15 +185,20 @@ class _Group:
 
     def _read_statistics(self) -> tf.Tensor:
         values = [tf.cast(variable, self._dtype) for variable in self._variables]
-        return tf.concat([tf.reshape(value, [-1]) for value in values], 0)
+        return tf.concat([_reshaped(value, [value.shape.num_elements()]) for value in values], 0)
 
     def _write_statistics(self, values: tf.Tensor) -> None:
         sizes = [variable.shape.num_elements() for variable in self._variables]
         for variable, value in zip(self._variables, tf.split(values, sizes), strict=True):
-            variable.assign(tf.cast(tf.reshape(value, variable.shape), variable.dtype))
+            variable.assign(tf.cast(_reshaped(value, variable.shape), variable.dtype))
+
+
+def _reshaped(value: tf.Tensor, shape: Any) -> tf.Tensor:
+    """Return a tensor in another shape, without an operation if it has it."""
+    return value if value.shape == shape else tf.reshape(value, shape)
 
 
 def _any_of_each(flags: tf.Tensor, sizes: list[int]) -> tf.Tensor:
     """Return whether any flag is set in each of the parts of a vector that have these sizes."""
-    part = np.repeat(np.arange(len(sizes)), sizes)
+    part = [i for i, size in enumerate(sizes) for _ in range(size)]
     return tf.math.unsorted_segment_max(tf.cast(flags, tf.int32), part, len(sizes)) > 0
