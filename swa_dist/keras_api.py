@@ -171,9 +171,7 @@ class KerasAPI:
         """Return the optimizers that a model's training step may use."""
         optimizer = getattr(model, "optimizer", None)
         own = {} if optimizer is None else {"optimizer": (model, optimizer)}
-        step = getattr(model.train_step, "__func__", model.train_step)
-        is_default = getattr(step, "__module__", "").startswith(f"{self._module.__name__}.")
-        optimizers = own if is_default else self._optimizers(model) or own
+        optimizers = own if self._has_default_step(model) else self._optimizers(model) or own
         rates = {
             n: OptimizerLearningRate(o, self._schedule_type) for n, (_, o) in optimizers.items()
         }
@@ -183,6 +181,23 @@ class KerasAPI:
             if owner.built and not trainable_variables(owner)
         }
         return StepOptimizers(rates, frozen)
+
+    def without_gradients(self, model: Model) -> list[tuple[Any, str, Any]]:
+        """Return patches under which Keras's own training step does not compute gradients.
+
+        There are none for a training step of the user's, which may work with the gradients.
+        """
+        optimizer = getattr(model, "optimizer", None)
+        if optimizer is None or not self._has_default_step(model):
+            return []
+        if self.is_keras_3:  # which scales the loss only to take its gradients
+            return [(optimizer, "scale_loss", tf.stop_gradient)]
+        return [(optimizer, "minimize", _do_nothing)]
+
+    def _has_default_step(self, model: Model) -> bool:
+        """Return whether a model's training step is that of its Keras version."""
+        step = getattr(model.train_step, "__func__", model.train_step)
+        return getattr(step, "__module__", "").startswith(f"{self._module.__name__}.")
 
     def update_count(self, model: Model) -> int | None:
         """Return how many steps the model's optimizer has made.
@@ -216,6 +231,10 @@ class KerasAPI:
             uses_mask=not getattr(layer, "fused", False),  # the fused kernel ignores masks
             renorm=renorm,
         )
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def is_sequence(data: Any) -> bool:

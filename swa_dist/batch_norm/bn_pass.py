@@ -114,6 +114,7 @@ class BatchNormPass(TrainFunction):
             *(patch for optimizer in optimizers for patch in _no_ops(optimizer)),
             *writing(average.weights, self._note_write),
             *keras_api.untraced(model),
+            *keras_api.without_gradients(model),
         ]
         super().__init__(model, lambda: observe_forward_pass(self._statistics, layers, patches))
 

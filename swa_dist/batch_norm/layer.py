@@ -53,6 +53,13 @@ class BatchNormLayer:
             [tf.cast(tf.reshape(v, [-1]), self.dtype) for v in (self.mean, self.variance)]
         )
 
+    def values(self, mean: tf.Tensor, variance: tf.Tensor) -> list[tf.Tensor]:
+        """Return the values of `variables` that go with a mean and a variance."""
+        if self.renorm is None:
+            return [mean, variance]
+        stddev = tf.sqrt(variance + self.epsilon)
+        return [mean, variance, mean, stddev, stddev]
+
     def assign(
         self,
         mean: tf.Tensor,
@@ -68,12 +75,11 @@ class BatchNormLayer:
             where: Booleans, one per channel or one for all: whether to assign them.
             otherwise: Values of `variables` for the other channels; None: their present ones.
         """
-        values = [mean, variance]
-        if self.renorm is not None:
-            stddev = tf.sqrt(variance + self.epsilon)
-            values += [mean, stddev, stddev]
         for variable, value, old in zip(
-            self.variables, values, otherwise or self.variables, strict=True
+            self.variables,
+            self.values(mean, variance),
+            otherwise or self.variables,
+            strict=True,
         ):
             chosen = tf.where(where, tf.cast(value, variable.dtype), tf.reshape(old, [-1]))
             variable.assign(tf.reshape(chosen, variable.shape))

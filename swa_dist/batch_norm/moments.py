@@ -1,75 +1,89 @@
-"""Counts, means and squared deviations of batches, to the precision of float32."""
+"""Counts, means and squared deviations of positions, to the precision of float32.
+
+Moments are a tensor of shape (2, 3, channels): count n, mean, and sum of squared deviations M2,
+each an unevaluated sum of a high part, `moments[0]`, and a low part, `moments[1]`. So a float32
+count is exact up to 2^48.
+"""
 
 import math
 
 import tensorflow as tf
 
-# Longest run of float32 numbers that is summed at once. TensorFlow's CPU kernel sums an outer axis
-# number by number, with a rounding error that grows with the length: 1e-5 to 4e-4 of the variance
-# of an image batch, where sums of sums stay below 5e-7.
-_LONGEST_SUM = 128
 
-
-def moments(
-    inputs: tf.Tensor, reduced: list[int], mask: tf.Tensor | None
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Return each channel's count, mean, rounding error of the mean, and squared deviations.
+def moments_of(
+    inputs: tf.Tensor, input_shape: tuple[int | None, ...], mask: tf.Tensor | None
+) -> tf.Tensor:
+    """Return the moments of each channel of a batch.
 
     Args:
-        inputs: A batch, of floating dtype.
-        reduced: Its axes that are not channels.
+        inputs: The batch, of floating dtype.
+        input_shape: Sizes of its axes: a number for each channel axis, None for the others.
         mask: Booleans of the shape of `inputs` without its last axis: which positions count. None:
             all.
-
-    Returns:
-        Four flat tensors, over all channels: the count as int64, the others in the inputs' dtype.
     """
-    # Deviations from a mean that rounding has moved by r have the mean r, and their squares sum to
-    # n r^2 too much. If the mean is large beside the spread, that is more than float32 may lose.
+    # Sizes and rank are the layer's, as the tensor may lack them: a generator's batches have no
+    # static shape, and a convolution of no samples can have a wrong one (oneDNN, TensorFlow 2.21).
+    rank, channels = len(input_shape), math.prod(size for size in input_shape if size is not None)
+    order = sorted(range(rank), key=lambda axis: (input_shape[axis] is None, axis))
+
+    def by_channel(values: tf.Tensor) -> tf.Tensor:
+        return tf.reshape(tf.transpose(values, order), [channels, -1])
+
+    # TensorFlow sums an inner axis in a tree, with errors below 5e-7 of a variance. Outer axes are
+    # summed number by number, by its CPU kernel and by XLA: 1e-5 to 4e-4 of that of an image batch.
+    values = by_channel(inputs)
     if mask is None:
-        channels = math.prod(n for axis, n in enumerate(inputs.shape) if axis not in reduced)
-        positions = tf.reduce_prod(tf.gather(tf.shape(inputs, tf.int64), reduced))
-        count = tf.fill([channels], positions)
+        count = tf.fill([channels], tf.shape(values, tf.int64)[1])
+        counted = None
     else:
-        mask = tf.broadcast_to(tf.expand_dims(tf.cast(mask, tf.bool), -1), tf.shape(inputs))
-        count = tf.reshape(tf.reduce_sum(tf.cast(mask, tf.int64), reduced), [-1])
+        mask = tf.expand_dims(tf.cast(mask, tf.bool), -1)
+        counted = by_channel(tf.broadcast_to(mask, tf.shape(inputs)))
+        count = tf.reduce_sum(tf.cast(counted, tf.int64), 1)
 
     def total(values: tf.Tensor) -> tf.Tensor:
-        if mask is not None:
-            values = tf.where(mask, values, tf.zeros([], values.dtype))
-        for axis in reversed(reduced):  # the batch axis last, when little is left to sum
-            values = _sum(values, axis)
-        return values
+        if counted is not None:
+            values = tf.where(counted, values, tf.zeros([], values.dtype))
+        return tf.reduce_sum(values, 1)
 
+    # Deviations from a mean that rounding has moved by r have the mean r, and their squares sum to
+    # n r^2 too much. If the mean is large beside the spread, that is more than float32 may lose.
     n = tf.cast(tf.maximum(count, 1), inputs.dtype)
-    sums = total(inputs)
-    n = tf.reshape(n, tf.shape(sums))
-    mean = sums / n
-    deviations = inputs - mean
-    mean_error = total(deviations) / n
-    squares = total(tf.square(deviations)) - n * tf.square(mean_error)
-    mean, mean_error, squares = (tf.reshape(values, [-1]) for values in (mean, mean_error, squares))
-    return count, mean, mean_error, squares
+    mean = total(values) / n
+    deviations = values - mean[:, tf.newaxis]
+    error = total(deviations) / n
+    squares = total(tf.square(deviations)) - n * tf.square(error)
+    high = tf.cast(count, inputs.dtype)
+    low = tf.cast(count - tf.cast(high, tf.int64), inputs.dtype)
+    return tf.stack([[high, mean, squares], [low, error, tf.zeros_like(squares)]])
 
 
-def _sum(values: tf.Tensor, axis: int) -> tf.Tensor:
-    """Sum one axis, keeping it, as sums of at most `_LONGEST_SUM` numbers."""
-    length = values.shape[axis]
-    while length is None or length > _LONGEST_SUM:
-        shape = tf.unstack(tf.shape(values), values.shape.rank)
-        padding = [[0, 0]] * values.shape.rank
-        padding[axis] = [0, -shape[axis] % _LONGEST_SUM]
-        values = tf.pad(values, padding)
-        blocks = (shape[axis] + _LONGEST_SUM - 1) // _LONGEST_SUM
-        values = tf.reshape(values, [*shape[:axis], blocks, _LONGEST_SUM, *shape[axis + 1 :]])
-        values = tf.reduce_sum(values, axis + 1)
-        if length is None:  # two levels suffice for any batch that fits into memory
-            break
-        length = -(-length // _LONGEST_SUM)
-    return tf.reduce_sum(values, axis, keepdims=True)
+def combine(before: tf.Tensor, batch: tf.Tensor) -> tf.Tensor:
+    """Return the moments of all positions of two sets (Chan et al., eq. 2.1).
+
+    With d = mean_b - mean_a and n = n_a + n_b:
+
+        mean = mean_a + d n_b / n,    M2 = M2_a + M2_b + d^2 n_a n_b / n
+
+    Rounding errors go into the low parts only: added to a large mean they would be lost.
+
+    Args:
+        before: The moments of what was counted before.
+        batch: The moments of a batch.
+    """
+    high, low = tf.unstack(before)
+    (count, mean, _), (count_low, mean_low, _) = tf.unstack(high), tf.unstack(low)
+    (n, batch_mean, squares), (n_low, error, squares_low) = map(tf.unstack, tf.unstack(batch))
+
+    count += count_low
+    fraction = (n + n_low) / tf.maximum(count + (n + n_low), 1)
+    delta, small = batch_mean - mean, error - mean_low
+    between = tf.square(delta + small) * count * fraction
+    high, rounded = _two_sum(high, tf.stack([n, delta * fraction, squares + between]))
+    low += rounded + tf.stack([n_low, small * fraction, squares_low])
+    return tf.stack([high, low])
 
 
-def two_sum(a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def _two_sum(a: tf.Tensor, b: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Return the rounded sum and its rounding error: exactly a + b together (Knuth)."""
     total = a + b
     b_part = total - a

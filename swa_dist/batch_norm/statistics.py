@@ -6,14 +6,13 @@ from typing import Any
 
 import tensorflow as tf
 
-from swa_dist.batch_norm.hooks import observe_layers
+from swa_dist.batch_norm.accumulate import SharedAccumulate
+from swa_dist.batch_norm.hooks import Observer, observe_layers
 from swa_dist.batch_norm.layer import BatchNormLayer
-from swa_dist.batch_norm.moments import moments, two_sum
 from swa_dist.distribution import (
     ReplicaFunction,
     local_variable,
     mean_over_replicas,
-    read_local,
     sum_over_replicas,
 )
 
@@ -22,7 +21,7 @@ class BatchNormStatistics:
     """Count, mean and squared deviations of the positions that reach each layer.
 
     A position is one vector over the channel axes: an image of 28 x 28 pixels has 784. While
-    `observing` is open, each replica accumulates the positions that it sees; `pool` then assigns
+    `observe` is open, each replica accumulates the positions that it sees; `pool` then assigns
     the mean and the population variance (divisor n) of all positions on all replicas.
 
     Batches and replicas are combined by the pairwise update of Chan et al., in which a batch enters
@@ -46,8 +45,12 @@ class BatchNormStatistics:
 
     def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
         self._strategy = strategy
+        self._accumulate = SharedAccumulate()
         with strategy.scope():
-            self._accumulators = [_Accumulator(layer) for layer in layers]
+            self._groups = [
+                _Group(dtype, [layer for layer in layers if layer.dtype == dtype])
+                for dtype in dict.fromkeys(layer.dtype for layer in layers)
+            ]
         self._begin = ReplicaFunction(self._begin_replica, strategy)
         self._restore = ReplicaFunction(self._restore_replica, strategy)
         self._pool = ReplicaFunction(self._pool_replica, strategy)
@@ -70,123 +73,132 @@ class BatchNormStatistics:
     @property
     def is_filled(self) -> bool:
         """Whether positions had reached any of the layers at the last `pool`."""
-        return any(read_local(a.reached, self._strategy) for a in self._accumulators)
+        return any(any(self._read(group.reached)) for group in self._groups)
 
     @property
     def unobserved(self) -> list[Any]:
         """Layers that ran in training mode until the last `pool` without being observed."""
-        accumulators = self._accumulators
         return [
-            a.layer.keras_layer for a in accumulators if read_local(a.unobserved, self._strategy)
+            layer.keras_layer
+            for group in self._groups
+            for layer, unobserved in zip(group.layers, self._read(group.unobserved), strict=True)
+            if unobserved
         ]
 
     def observe(self) -> AbstractContextManager[None]:
         """Return a context manager that observes the layers while it is open."""
-        return observe_layers((a.layer, a.add) for a in self._accumulators)
+        return observe_layers(
+            (layer, self._observer(layer, moments))
+            for group in self._groups
+            for layer, moments in zip(group.layers, group.moments, strict=True)
+        )
+
+    def _observer(self, layer: BatchNormLayer, moments: tf.Variable) -> Observer:
+        @tf.autograph.experimental.do_not_convert
+        def add(inputs: tf.Tensor, mask: tf.Tensor | None, training: Any) -> None:
+            before = tf.convert_to_tensor(moments)
+            after = self._accumulate(layer, before, inputs, mask)
+            if tf.is_tensor(training):
+                after = tf.where(tf.cast(training, tf.bool), after, before)
+            # One assignment that depends on the batch: at the end of the data the step runs once
+            # more, fails for want of a batch, and must leave the moments as they are.
+            moments.assign(after)
+
+        return add
+
+    def _read(self, variable: tf.Variable) -> Any:
+        """Return the array that a local variable is on this worker's first replica."""
+        return self._strategy.experimental_local_results(variable)[0].numpy()
 
     def _begin_replica(self) -> None:
-        for accumulator in self._accumulators:
-            accumulator.begin()
+        for group in self._groups:
+            group.begin()
 
     def _restore_replica(self) -> None:
-        for accumulator in self._accumulators:
-            accumulator.restore()
+        for group in self._groups:
+            group.restore()
 
     def _pool_replica(self) -> None:
         # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2)
-        accumulators = self._accumulators
-        counts = [tf.cast(a.count, a.dtype) for a in accumulators]
+        parts = [group.all_moments() for group in self._groups]
+        counts = [high[0] + low[0] for high, low in parts]
         totals = sum_over_replicas(counts)
         fractions = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
-        means, deviations = mean_over_replicas([a.mean for a in accumulators], fractions)
+        own_means = [(high[1], low[1]) for high, low in parts]
+        means, deviations = mean_over_replicas(own_means, fractions)
         squares = sum_over_replicas(
             [
-                a.squares + n * tf.square(deviation)
-                for a, n, deviation in zip(accumulators, counts, deviations, strict=True)
+                high[2] + low[2] + n * tf.square(deviation)
+                for (high, low), n, deviation in zip(parts, counts, deviations, strict=True)
             ]
         )
-        for a, total, mean, square in zip(accumulators, totals, means, squares, strict=True):
-            a.assign(total, mean, tf.math.divide_no_nan(square, total))
+        for group, total, mean, square in zip(self._groups, totals, means, squares, strict=True):
+            group.assign(total > 0, mean, tf.math.divide_no_nan(square, total))
 
 
-class _Accumulator:
-    """One layer's positions on one replica: n, and mean and M2 as unevaluated sums high + low."""
+class _Group:
+    """The layers whose statistics are accumulated in one dtype.
 
-    def __init__(self, layer: BatchNormLayer) -> None:
-        self.layer = layer
-        self.dtype, channels = layer.dtype, layer.channels
-        self.count = local_variable(tf.zeros([channels], tf.int64))
-        self.reached = local_variable(tf.zeros([], tf.int64))
-        self.unobserved = local_variable(tf.zeros([], tf.int64))
-        self._high = local_variable(tf.zeros([2, channels], self.dtype))
-        self._low = local_variable(tf.zeros([2, channels], self.dtype))
-        self._before = [local_variable(tf.zeros(v.shape, v.dtype)) for v in layer.variables]
+    Each layer's moments are a variable of its own. Apart from reads and writes of variables, all
+    work is on vectors over the channels, or the moving statistics, of all layers: a graph costs
+    about 1 ms for each operation on each replica, to trace.
+    """
+
+    def __init__(self, dtype: tf.DType, layers: list[BatchNormLayer]) -> None:
+        self.layers = layers
+        self._dtype = dtype
+        self._channels = [layer.channels for layer in layers]
+        self._sizes = [layer.channels * len(layer.variables) for layer in layers]
+        self._variables = [variable for layer in layers for variable in layer.variables]
+        self.moments = [local_variable(tf.zeros([2, 3, n], dtype)) for n in self._channels]
+        self.reached = local_variable(tf.zeros([len(layers)], tf.bool))
+        self.unobserved = local_variable(tf.zeros([len(layers)], tf.bool))
+        self._before = local_variable(tf.zeros([sum(self._sizes)], dtype))
 
     def begin(self) -> None:
-        for variable in (self.count, self._high, self._low):
-            variable.assign(tf.zeros_like(variable))
-        for before, variable in zip(self._before, self.layer.variables, strict=True):
-            before.assign(variable)
+        for moments in self.moments:
+            moments.assign(tf.zeros(moments.shape, self._dtype))
+        self._before.assign(self._read_statistics())
 
     def restore(self) -> None:
-        for before, variable in zip(self._before, self.layer.variables, strict=True):
-            variable.assign(before)
+        self._write_statistics(self._before)
 
-    @tf.autograph.experimental.do_not_convert
-    def add(self, inputs: tf.Tensor, mask: tf.Tensor | None, training: Any) -> None:
-        """Accumulate the positions of one call of the layer (Chan et al., eq. 2.1)."""
-        # The channels are the layer's, as the tensor may lack them: a generator's batches have no
-        # static shape, and a convolution of no samples can have a wrong one (oneDNN, TensorFlow
-        # 2.21).
-        reduced = [axis for axis, size in enumerate(self.layer.input_shape) if size is None]
-        shape: list[Any] = list(self.layer.input_shape)
-        for axis in reduced:
-            shape[axis] = tf.shape(inputs)[axis]
-        inputs = tf.reshape(inputs, shape)
-        batch_count, batch_mean, rest, batch_squares = moments(
-            tf.cast(tf.stop_gradient(inputs), self.dtype),
-            reduced,
-            mask if self.layer.uses_mask else None,
-        )
-        if tf.is_tensor(training):
-            trains = tf.cast(training, tf.bool)
-            batch_count = tf.where(trains, batch_count, 0)
-            batch_squares = tf.where(trains, batch_squares, 0)
+    def all_moments(self) -> list[tf.Tensor]:
+        """Return the high and the low part of the moments of all layers' channels."""
+        return tf.unstack(tf.concat(self.moments, -1))
 
-        count = self.count + batch_count
-        fraction = tf.cast(batch_count, self.dtype) / tf.cast(tf.maximum(count, 1), self.dtype)
-        # Rounding errors go into the low parts only: added to a large mean they would be lost.
-        delta, small = batch_mean - self._high[0], rest - self._low[0]
-        between = tf.square(delta + small) * tf.cast(self.count, self.dtype) * fraction
-        increment = tf.stack([delta * fraction, batch_squares + between])
-        high, error = two_sum(self._high, increment)
-        low = self._low + (error + tf.stack([small * fraction, tf.zeros_like(small)]))
-        # All or nothing: at the end of the data the step runs once more and fails for want of a
-        # batch, of which the count is independent if shapes are static.
-        with tf.control_dependencies([high, low]):
-            self.count.assign(count)
-            self._high.assign(high)
-            self._low.assign(low)
-
-    @property
-    def mean(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """The mean, as high and low part."""
-        return self._high[0], self._low[0]
-
-    @property
-    def squares(self) -> tf.Tensor:
-        """The sum of squared deviations."""
-        return self._high[1] + self._low[1]
-
-    def assign(self, count: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
-        self.reached.assign(tf.cast(tf.reduce_any(count > 0), tf.int64))
+    def assign(self, counted: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
+        """Assign to all channels that were counted; the others get the statistics of `begin`."""
+        before = tf.convert_to_tensor(self._before)
+        reached = _any_of_each(counted, self._channels)
         # In training mode a layer updates its moving statistics, observed or not.
-        moved = tf.reduce_any(
-            [
-                tf.reduce_any(v != before)
-                for v, before in zip(self.layer.variables, self._before, strict=True)
-            ]
-        )
-        unobserved = tf.logical_and(moved, tf.reduce_all(count == 0))
-        self.unobserved.assign(tf.cast(unobserved, tf.int64))
-        self.layer.assign(mean, variance, where=count > 0, otherwise=self._before)
+        moved = _any_of_each(self._read_statistics() != before, self._sizes)
+        self.reached.assign(reached)
+        self.unobserved.assign(tf.logical_and(moved, tf.logical_not(reached)))
+
+        parts = [tf.split(values, self._channels) for values in (counted, mean, variance)]
+        where, after = [], []
+        for layer, counted_, mean_, variance_ in zip(self.layers, *parts, strict=True):
+            where += [counted_] * len(layer.variables)
+            after += layer.values(mean_, variance_)
+        self._write_statistics(tf.where(tf.concat(where, 0), tf.concat(after, 0), before))
+
+    def _read_statistics(self) -> tf.Tensor:
+        values = [tf.cast(variable, self._dtype) for variable in self._variables]
+        return tf.concat([_reshaped(value, [value.shape.num_elements()]) for value in values], 0)
+
+    def _write_statistics(self, values: tf.Tensor) -> None:
+        sizes = [variable.shape.num_elements() for variable in self._variables]
+        for variable, value in zip(self._variables, tf.split(values, sizes), strict=True):
+            variable.assign(tf.cast(_reshaped(value, variable.shape), variable.dtype))
+
+
+def _reshaped(value: tf.Tensor, shape: Any) -> tf.Tensor:
+    """Return a tensor in another shape, without an operation if it has it."""
+    return value if value.shape == shape else tf.reshape(value, shape)
+
+
+def _any_of_each(flags: tf.Tensor, sizes: list[int]) -> tf.Tensor:
+    """Return whether any flag is set in each of the parts of a vector that have these sizes."""
+    part = [i for i, size in enumerate(sizes) for _ in range(size)]
+    return tf.math.unsorted_segment_max(tf.cast(flags, tf.int32), part, len(sizes)) > 0
