@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from swa_dist.averaging.packing import Layout, pack, unpack
+from swa_dist.averaging.packing import Layout
 from swa_dist.batch_norm.layer import BatchNormLayer
+from swa_dist.batch_norm.layer_group import LayerGroup
 from swa_dist.distribution import (
     LocalCopy,
     ReplicaFunction,
@@ -30,7 +31,7 @@ class BatchNormAverage(tf.Module):
         strategy: The `tf.distribute.Strategy` under which they were created.
 
     Attributes:
-        parts: The average of all layers whose statistics are of one dtype.
+        groups: The average of all layers whose statistics are of one dtype.
         buffers_layout: What is in their buffers. A checkpoint of other ones is refused.
 
     Distribution:
@@ -40,11 +41,8 @@ class BatchNormAverage(tf.Module):
     def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
         super().__init__()
         self._layers = Untracked(layers)
-        by_dtype: dict[tf.DType, list[BatchNormLayer]] = {}
-        for layer in layers:
-            by_dtype.setdefault(layer.dtype, []).append(layer)
         with strategy.scope():
-            self.parts = [_PackedLayers(same, dtype) for dtype, same in by_dtype.items()]
+            self.groups = [_GroupAverage(group) for group in LayerGroup.of(layers)]
         self.buffers_layout = Layout(self.layout)
         self._update = ReplicaFunction(self._update_replica, strategy)
         self._copy = ReplicaFunction(self._copy_replica, strategy)
@@ -73,8 +71,8 @@ class BatchNormAverage(tf.Module):
 
         A layer without one keeps its own, and so does one that was frozen meanwhile.
         """
-        for part in self.parts:
-            part.note_frozen_layers()
+        for group in self.groups:
+            group.note_frozen_layers()
         self._copy()
 
     def remember(self) -> None:
@@ -86,28 +84,27 @@ class BatchNormAverage(tf.Module):
         self._restore()
 
     def _update_replica(self) -> None:
-        for part in self.parts:
-            part.update()
+        for group in self.groups:
+            group.update()
 
     def _copy_replica(self) -> None:
-        for part in self.parts:
-            part.copy()
+        for group in self.groups:
+            group.copy()
 
     def _remember_replica(self) -> None:
-        for part in self.parts:
-            part.remember()
+        for group in self.groups:
+            group.remember()
 
     def _restore_replica(self) -> None:
-        for part in self.parts:
-            part.restore()
+        for group in self.groups:
+            group.restore()
 
 
-class _PackedLayers(tf.Module):
-    """The average of BN layers whose statistics are of one dtype, each kind as one vector.
+class _GroupAverage(tf.Module):
+    """The average of BN layers whose statistics are of one dtype.
 
     Args:
-        layers: The layers.
-        dtype: Dtype in which their statistics are averaged.
+        group: The layers.
 
     Attributes:
         counts: Updates in each layer's average.
@@ -117,97 +114,59 @@ class _PackedLayers(tf.Module):
         Create it in the strategy's scope. All but `note_frozen_layers` is for replica context.
     """
 
-    def __init__(self, layers: Sequence[BatchNormLayer], dtype: tf.DType) -> None:
+    def __init__(self, group: LayerGroup) -> None:
         super().__init__()
-        self._layers = Untracked(layers)
-        self._dtype = dtype
-        channels = [layer.channels for layer in layers]
-        self._layer_of_channel = Untracked(_repeated(channels))
-        self.counts = local_variable(tf.zeros([len(channels)], tf.int64))
-        self.averages = local_variable(tf.zeros([2, sum(channels)], dtype))
-        sizes = [sum(v.shape.num_elements() for v in layer.variables) for layer in layers]
-        self._layer_of_statistic = Untracked(_repeated(sizes))
-        self._own = Untracked([local_variable(tf.zeros([sum(sizes)], dtype))])
-        self._is_trained = Untracked([local_variable(tf.fill([len(channels)], True))])
+        self._group = group
+        n_layers = len(group.layers)
+        self.counts = local_variable(tf.zeros([n_layers], tf.int64))
+        self.averages = local_variable(tf.zeros([2, sum(group.channels)], group.dtype))
+        self._own = Untracked([local_variable(tf.zeros([group.n_statistics], group.dtype))])
+        self._is_trained = Untracked([local_variable(tf.fill([n_layers], True))])
 
     def note_frozen_layers(self) -> None:
         """Have `copy` leave the layers alone that are frozen by now."""
         # In a variable: a graph would keep what was true when it was traced.
-        trained = [bool(layer.keras_layer.trainable) for layer in self._layers]
+        trained = [bool(layer.keras_layer.trainable) for layer in self._group.layers]
         for variable in self._is_trained:
             variable.assign(trained)
 
     def update(self) -> None:
         """Average the layers' present statistics with the earlier ones."""
-        own = tf.stack(
-            [
-                self._read([layer.mean for layer in self._layers]),
-                self._read([layer.variance for layer in self._layers]),
-            ]
-        )
-        layers = tf.constant(list(self._layer_of_channel))
-
-        def of_channels(of_layers: tf.Tensor) -> tf.Tensor:
-            return tf.gather(of_layers, layers)
-
-        exceptions = tf.cast(tf.reduce_any(~tf.math.is_finite(own), 0), self._dtype)
-        n_layers = self.counts.shape[0]
-        finite = tf.math.unsorted_segment_sum(exceptions, layers, n_layers) == 0
-        weights = tf.cast(finite, self._dtype)
+        group = self._group
+        own = group.read_mean_and_variance()
+        finite = ~group.any_channel(tf.reduce_any(~tf.math.is_finite(own), 0))
+        weights = tf.cast(finite, group.dtype)
         (totals,) = sum_over_replicas([weights])
-        fractions = [of_channels(tf.math.divide_no_nan(weights, totals))]
-        own = tf.where(of_channels(finite), own, tf.zeros_like(own))
+        fractions = [group.of_each_channel(tf.math.divide_no_nan(weights, totals))]
+        own = tf.where(group.of_each_channel(finite), own, tf.zeros_like(own))
         nothing = tf.zeros_like(own[0])
         (mean,), (deviation,) = mean_over_replicas([(own[0], nothing)], fractions)
         # One addition after the last reduction: of more, TensorFlow's graph optimizer may change
         # the order, and that on one replica only.
         (variance,), _ = mean_over_replicas([(own[1] + tf.square(deviation), nothing)], fractions)
         counts, averages = LocalCopy(self.counts), LocalCopy(self.averages)
-        count = counts.read() + tf.cast(totals > 0, tf.int64)
+        counted = totals > 0
+        count = counts.read() + tf.cast(counted, tf.int64)
         counts.assign(count)
         step = tf.stack([mean, variance]) - averages.read()
-        step /= of_channels(tf.cast(tf.maximum(count, 1), step.dtype))
-        averages.add(tf.where(of_channels(totals > 0), step, tf.zeros_like(step)))
+        step /= group.of_each_channel(tf.cast(tf.maximum(count, 1), step.dtype))
+        averages.add(tf.where(group.of_each_channel(counted), step, tf.zeros_like(step)))
 
     def copy(self) -> None:
         """Assign the average to the layers."""
-        mean, variance = tf.unstack(LocalCopy(self.averages).read())
-        channels = [tf.TensorShape([layer.channels]) for layer in self._layers]
-        values: list[tf.Tensor] = []
-        for layer, *mean_variance in zip(
-            self._layers, unpack(mean, channels), unpack(variance, channels), strict=True
-        ):
-            values += mean_variance
-            if layer.renorm is not None:
-                values += 2 * [tf.sqrt(mean_variance[1] + layer.epsilon)]
+        group = self._group
+        average = group.statistics_of(*tf.unstack(LocalCopy(self.averages).read()))
         (is_trained,) = self._is_trained
         chosen = tf.logical_and(LocalCopy(self.counts).read() > 0, LocalCopy(is_trained).read())
-        chosen = tf.gather(chosen, list(self._layer_of_statistic))
-        self._write(tf.where(chosen, pack(values), self._read(self._variables)))
+        chosen = group.of_each_statistic(chosen)
+        group.write_statistics(tf.where(chosen, average, group.read_statistics()))
 
     def remember(self) -> None:
         """Remember the statistics that the layers have."""
         (own,) = self._own
-        LocalCopy(own).assign(self._read(self._variables))
+        LocalCopy(own).assign(self._group.read_statistics())
 
     def restore(self) -> None:
         """Restore the statistics that were remembered."""
         (own,) = self._own
-        self._write(LocalCopy(own).read())
-
-    @property
-    def _variables(self) -> list[tf.Variable]:
-        return [v for layer in self._layers for v in layer.variables]
-
-    def _read(self, variables: Sequence[tf.Variable]) -> tf.Tensor:
-        return pack([tf.cast(LocalCopy(v).read(), self._dtype) for v in variables])
-
-    def _write(self, packed: tf.Tensor) -> None:
-        values = unpack(packed, [v.shape for v in self._variables])
-        for variable, value in zip(self._variables, values, strict=True):
-            LocalCopy(variable).assign(tf.cast(value, variable.dtype))
-
-
-def _repeated(times: Sequence[int]) -> list[int]:
-    """Return 0, 1, 2 and so on, each so many times."""
-    return [i for i, n in enumerate(times) for _ in range(n)]
+        self._group.write_statistics(LocalCopy(own).read())

@@ -1,6 +1,5 @@
 """A batch normalization layer of Keras 3 or tf_keras, as far as its statistics are concerned."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,39 +46,9 @@ class BatchNormLayer:
         """Dtype in which its statistics are accumulated."""
         return tf.float64 if self.mean.dtype == tf.float64 else tf.float32
 
-    def statistics(self) -> tf.Tensor:
-        """Return this replica's moving mean and variance, of shape (2, channels)."""
-        return tf.stack(
-            [tf.cast(tf.reshape(v, [-1]), self.dtype) for v in (self.mean, self.variance)]
-        )
-
     def values(self, mean: tf.Tensor, variance: tf.Tensor) -> list[tf.Tensor]:
         """Return the values of `variables` that go with a mean and a variance."""
         if self.renorm is None:
             return [mean, variance]
         stddev = tf.sqrt(variance + self.epsilon)
         return [mean, variance, mean, stddev, stddev]
-
-    def assign(
-        self,
-        mean: tf.Tensor,
-        variance: tf.Tensor,
-        where: tf.Tensor,
-        otherwise: Sequence[tf.Tensor] | None = None,
-    ) -> None:
-        """Assign a mean and a variance to the layer, on this replica.
-
-        Args:
-            mean: Mean of each channel.
-            variance: Variance of each channel.
-            where: Booleans, one per channel or one for all: whether to assign them.
-            otherwise: Values of `variables` for the other channels; None: their present ones.
-        """
-        for variable, value, old in zip(
-            self.variables,
-            self.values(mean, variance),
-            otherwise or self.variables,
-            strict=True,
-        ):
-            chosen = tf.where(where, tf.cast(value, variable.dtype), tf.reshape(old, [-1]))
-            variable.assign(tf.reshape(chosen, variable.shape))

@@ -9,7 +9,9 @@ import tensorflow as tf
 from swa_dist.batch_norm.accumulate import SharedAccumulate
 from swa_dist.batch_norm.hooks import Observer, observe_layers
 from swa_dist.batch_norm.layer import BatchNormLayer
+from swa_dist.batch_norm.layer_group import LayerGroup
 from swa_dist.distribution import (
+    LocalCopy,
     ReplicaFunction,
     local_variable,
     mean_over_replicas,
@@ -47,10 +49,7 @@ class BatchNormStatistics:
         self._strategy = strategy
         self._accumulate = SharedAccumulate()
         with strategy.scope():
-            self._groups = [
-                _Group(dtype, [layer for layer in layers if layer.dtype == dtype])
-                for dtype in dict.fromkeys(layer.dtype for layer in layers)
-            ]
+            self._moments = [_Moments(group) for group in LayerGroup.of(layers)]
         self._begin = ReplicaFunction(self._begin_replica, strategy)
         self._restore = ReplicaFunction(self._restore_replica, strategy)
         self._pool = ReplicaFunction(self._pool_replica, strategy)
@@ -73,24 +72,26 @@ class BatchNormStatistics:
     @property
     def is_filled(self) -> bool:
         """Whether positions had reached any of the layers at the last `pool`."""
-        return any(any(self._read(group.reached)) for group in self._groups)
+        return any(any(self._read(moments.reached)) for moments in self._moments)
 
     @property
     def unobserved(self) -> list[Any]:
         """Layers that ran in training mode until the last `pool` without being observed."""
         return [
             layer.keras_layer
-            for group in self._groups
-            for layer, unobserved in zip(group.layers, self._read(group.unobserved), strict=True)
+            for moments in self._moments
+            for layer, unobserved in zip(
+                moments.group.layers, self._read(moments.unobserved), strict=True
+            )
             if unobserved
         ]
 
     def observe(self) -> AbstractContextManager[None]:
         """Return a context manager that observes the layers while it is open."""
         return observe_layers(
-            (layer, self._observer(layer, moments))
-            for group in self._groups
-            for layer, moments in zip(group.layers, group.moments, strict=True)
+            (layer, self._observer(layer, variable))
+            for moments in self._moments
+            for layer, variable in zip(moments.group.layers, moments.of_layers, strict=True)
         )
 
     def _observer(self, layer: BatchNormLayer, moments: tf.Variable) -> Observer:
@@ -111,16 +112,16 @@ class BatchNormStatistics:
         return self._strategy.experimental_local_results(variable)[0].numpy()
 
     def _begin_replica(self) -> None:
-        for group in self._groups:
-            group.begin()
+        for moments in self._moments:
+            moments.begin()
 
     def _restore_replica(self) -> None:
-        for group in self._groups:
-            group.restore()
+        for moments in self._moments:
+            moments.restore()
 
     def _pool_replica(self) -> None:
         # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2)
-        parts = [group.all_moments() for group in self._groups]
+        parts = [moments.of_all_channels() for moments in self._moments]
         counts = [high[0] + low[0] for high, low in parts]
         totals = sum_over_replicas(counts)
         fractions = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
@@ -132,73 +133,40 @@ class BatchNormStatistics:
                 for (high, low), n, deviation in zip(parts, counts, deviations, strict=True)
             ]
         )
-        for group, total, mean, square in zip(self._groups, totals, means, squares, strict=True):
-            group.assign(total > 0, mean, tf.math.divide_no_nan(square, total))
+        for moments, total, mean, square in zip(self._moments, totals, means, squares, strict=True):
+            moments.assign(total > 0, mean, tf.math.divide_no_nan(square, total))
 
 
-class _Group:
-    """The layers whose statistics are accumulated in one dtype.
+class _Moments:
+    """The moments of the layers of a group, and the statistics that the layers had before."""
 
-    Each layer's moments are a variable of its own. Apart from reads and writes of variables, all
-    work is on vectors over the channels, or the moving statistics, of all layers: a graph costs
-    about 1 ms for each operation on each replica, to trace.
-    """
-
-    def __init__(self, dtype: tf.DType, layers: list[BatchNormLayer]) -> None:
-        self.layers = layers
-        self._dtype = dtype
-        self._channels = [layer.channels for layer in layers]
-        self._sizes = [layer.channels * len(layer.variables) for layer in layers]
-        self._variables = [variable for layer in layers for variable in layer.variables]
-        self.moments = [local_variable(tf.zeros([2, 3, n], dtype)) for n in self._channels]
-        self.reached = local_variable(tf.zeros([len(layers)], tf.bool))
-        self.unobserved = local_variable(tf.zeros([len(layers)], tf.bool))
-        self._before = local_variable(tf.zeros([sum(self._sizes)], dtype))
+    def __init__(self, group: LayerGroup) -> None:
+        self.group = group
+        n_layers = len(group.layers)
+        self.of_layers = [local_variable(tf.zeros([2, 3, n], group.dtype)) for n in group.channels]
+        self.reached = local_variable(tf.zeros([n_layers], tf.bool))
+        self.unobserved = local_variable(tf.zeros([n_layers], tf.bool))
+        self._before = local_variable(tf.zeros([group.n_statistics], group.dtype))
 
     def begin(self) -> None:
-        for moments in self.moments:
-            moments.assign(tf.zeros(moments.shape, self._dtype))
-        self._before.assign(self._read_statistics())
+        for moments in self.of_layers:
+            LocalCopy(moments).assign(tf.zeros(moments.shape, moments.dtype))
+        LocalCopy(self._before).assign(self.group.read_statistics())
 
     def restore(self) -> None:
-        self._write_statistics(self._before)
+        self.group.write_statistics(LocalCopy(self._before).read())
 
-    def all_moments(self) -> list[tf.Tensor]:
+    def of_all_channels(self) -> list[tf.Tensor]:
         """Return the high and the low part of the moments of all layers' channels."""
-        return tf.unstack(tf.concat(self.moments, -1))
+        return tf.unstack(tf.concat([LocalCopy(m).read() for m in self.of_layers], -1))
 
     def assign(self, counted: tf.Tensor, mean: tf.Tensor, variance: tf.Tensor) -> None:
-        """Assign to all channels that were counted; the others get the statistics of `begin`."""
-        before = tf.convert_to_tensor(self._before)
-        reached = _any_of_each(counted, self._channels)
+        """Assign to all layers that were counted; the others get the statistics of `begin`."""
+        group, before = self.group, LocalCopy(self._before).read()
+        reached = group.any_channel(counted)
         # In training mode a layer updates its moving statistics, observed or not.
-        moved = _any_of_each(self._read_statistics() != before, self._sizes)
-        self.reached.assign(reached)
-        self.unobserved.assign(tf.logical_and(moved, tf.logical_not(reached)))
-
-        parts = [tf.split(values, self._channels) for values in (counted, mean, variance)]
-        where, after = [], []
-        for layer, counted_, mean_, variance_ in zip(self.layers, *parts, strict=True):
-            where += [counted_] * len(layer.variables)
-            after += layer.values(mean_, variance_)
-        self._write_statistics(tf.where(tf.concat(where, 0), tf.concat(after, 0), before))
-
-    def _read_statistics(self) -> tf.Tensor:
-        values = [tf.cast(variable, self._dtype) for variable in self._variables]
-        return tf.concat([_reshaped(value, [value.shape.num_elements()]) for value in values], 0)
-
-    def _write_statistics(self, values: tf.Tensor) -> None:
-        sizes = [variable.shape.num_elements() for variable in self._variables]
-        for variable, value in zip(self._variables, tf.split(values, sizes), strict=True):
-            variable.assign(tf.cast(_reshaped(value, variable.shape), variable.dtype))
-
-
-def _reshaped(value: tf.Tensor, shape: Any) -> tf.Tensor:
-    """Return a tensor in another shape, without an operation if it has it."""
-    return value if value.shape == shape else tf.reshape(value, shape)
-
-
-def _any_of_each(flags: tf.Tensor, sizes: list[int]) -> tf.Tensor:
-    """Return whether any flag is set in each of the parts of a vector that have these sizes."""
-    part = [i for i, size in enumerate(sizes) for _ in range(size)]
-    return tf.math.unsorted_segment_max(tf.cast(flags, tf.int32), part, len(sizes)) > 0
+        moved = group.any_statistic(group.read_statistics() != before)
+        LocalCopy(self.reached).assign(reached)
+        LocalCopy(self.unobserved).assign(tf.logical_and(moved, tf.logical_not(reached)))
+        after = group.statistics_of(mean, variance)
+        group.write_statistics(tf.where(group.of_each_statistic(reached), after, before))
