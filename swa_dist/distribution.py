@@ -1,6 +1,6 @@
-"""Replicas: variables and functions of which each has its own, and sums over all of them."""
+"""Replicas: the strategy's, and variables of which each has its own."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -80,50 +80,6 @@ class LocalCopy:
         return tf.raw_ops.ResourceApplyGradientDescent(var=self._handle, alpha=factor, delta=value)
 
 
-def sum_over_replicas(values: list[tf.Tensor]) -> list[tf.Tensor]:
-    """Sum each value over all replicas.
-
-    Distribution:
-        In replica context; every replica must call it with as many values of the same shapes.
-    """
-    if not values:
-        return []
-    # Not `ReplicaContext.all_reduce`: for its gradient it keeps every graph it is in alive.
-    return tf.distribute.get_replica_context().merge_call(_reduce, args=values)
-
-
-def mean_over_replicas(
-    values: list[tuple[tf.Tensor, tf.Tensor]], fractions: list[tf.Tensor]
-) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """Return each value's mean over all replicas, and this replica's deviation from it.
-
-    Means are taken relative to one rounded mean, c, so that small differences keep their digits.
-
-    Args:
-        values: Each an unevaluated sum high + low.
-        fractions: This replica's weight in each mean. Over all replicas they add up to 1.
-
-    Distribution:
-        As `sum_over_replicas`.
-    """
-    centers = sum_over_replicas(
-        [fraction * high for fraction, (high, _) in zip(fractions, values, strict=True)]
-    )
-    offsets = [(high - c) + low for (high, low), c in zip(values, centers, strict=True)]
-    means = sum_over_replicas(
-        [fraction * offset for fraction, offset in zip(fractions, offsets, strict=True)]
-    )
-    return (
-        [c + mean for c, mean in zip(centers, means, strict=True)],
-        [offset - mean for offset, mean in zip(offsets, means, strict=True)],
-    )
-
-
-def _reduce(strategy: tf.distribute.Strategy, *values: Any) -> list[Any]:
-    pairs = [(value, value) for value in values]
-    return strategy.extended.batch_reduce_to(tf.distribute.ReduceOp.SUM, pairs)
-
-
 class Untracked:
     """Items of the model, which are kept out of a `tf.train.Checkpoint` of the average."""
 
@@ -133,28 +89,3 @@ class Untracked:
     def __iter__(self) -> Iterator[Any]:
         """Iterate over the items."""
         return iter(self._items)
-
-
-class ReplicaFunction:
-    """A function without arguments that runs on every replica, traced when it is first called.
-
-    A `tf.function` alone would take the fifth instance of a class for the fifth retracing, and warn
-    of it: in five-fold cross-validation, say.
-
-    Args:
-        function: What each replica runs.
-        strategy: The `tf.distribute.Strategy` of the replicas.
-
-    Distribution:
-        In cross-replica context, on every worker.
-    """
-
-    def __init__(self, function: Callable[[], None], strategy: tf.distribute.Strategy) -> None:
-        self._function = tf.function(lambda: strategy.run(function), autograph=False)
-        self._graph: Callable[[], None] | None = None
-
-    def __call__(self) -> None:
-        """Run the function on every replica."""
-        if self._graph is None:
-            self._graph = self._function.get_concrete_function()
-        self._graph()

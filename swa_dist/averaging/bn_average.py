@@ -9,12 +9,10 @@ from swa_dist.batch_norm.layer import BatchNormLayer
 from swa_dist.batch_norm.layer_group import LayerGroup
 from swa_dist.distribution import (
     LocalCopy,
-    ReplicaFunction,
     Untracked,
     local_variable,
-    mean_over_replicas,
-    sum_over_replicas,
 )
+from swa_dist.replica_function import Communicating, ReplicaFunction, mean_over_replicas
 
 
 class BatchNormAverage(tf.Module):
@@ -83,9 +81,9 @@ class BatchNormAverage(tf.Module):
         """Restore the statistics that were remembered."""
         self._restore()
 
-    def _update_replica(self) -> None:
+    def _update_replica(self) -> Communicating[None]:
         for group in self.groups:
-            group.update()
+            yield from group.update()
 
     def _copy_replica(self) -> None:
         for group in self.groups:
@@ -130,20 +128,22 @@ class _GroupAverage(tf.Module):
         for variable in self._is_trained:
             variable.assign(trained)
 
-    def update(self) -> None:
+    def update(self) -> Communicating[None]:
         """Average the layers' present statistics with the earlier ones."""
         group = self._group
         own = group.read_mean_and_variance()
         finite = ~group.any_channel(tf.reduce_any(~tf.math.is_finite(own), 0))
         weights = tf.cast(finite, group.dtype)
-        (totals,) = sum_over_replicas([weights])
+        (totals,) = yield [weights]
         fractions = [group.of_each_channel(tf.math.divide_no_nan(weights, totals))]
         own = tf.where(group.of_each_channel(finite), own, tf.zeros_like(own))
         nothing = tf.zeros_like(own[0])
-        (mean,), (deviation,) = mean_over_replicas([(own[0], nothing)], fractions)
+        (mean,), (deviation,) = yield from mean_over_replicas([(own[0], nothing)], fractions)
         # One addition after the last reduction: of more, TensorFlow's graph optimizer may change
         # the order, and that on one replica only.
-        (variance,), _ = mean_over_replicas([(own[1] + tf.square(deviation), nothing)], fractions)
+        (variance,), _ = yield from mean_over_replicas(
+            [(own[1] + tf.square(deviation), nothing)], fractions
+        )
         counts, averages = LocalCopy(self.counts), LocalCopy(self.averages)
         counted = totals > 0
         count = counts.read() + tf.cast(counted, tf.int64)

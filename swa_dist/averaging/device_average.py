@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from swa_dist.averaging.own_weights import OwnWeights
 from swa_dist.averaging.packing import Group, Layout, buffer_dtype, groups_of
-from swa_dist.distribution import LocalCopy, ReplicaFunction, Untracked, local_variable
+from swa_dist.distribution import LocalCopy, Untracked, local_variable
+from swa_dist.replica_function import ReplicaFunction
 
 # Updates for which the buffers are sums. A sum needs less memory traffic than a running mean, but
 # loses digits as it grows; if weights hardly move, all rounding errors have the same sign.

@@ -12,11 +12,9 @@ from swa_dist.batch_norm.layer import BatchNormLayer
 from swa_dist.batch_norm.layer_group import LayerGroup
 from swa_dist.distribution import (
     LocalCopy,
-    ReplicaFunction,
     local_variable,
-    mean_over_replicas,
-    sum_over_replicas,
 )
+from swa_dist.replica_function import Communicating, ReplicaFunction, mean_over_replicas
 
 
 class BatchNormStatistics:
@@ -119,20 +117,18 @@ class BatchNormStatistics:
         for moments in self._moments:
             moments.restore()
 
-    def _pool_replica(self) -> None:
+    def _pool_replica(self) -> Communicating[None]:
         # n = sum(n_r), mean = sum(n_r mean_r) / n, M2 = sum(M2_r + n_r (mean_r - mean)^2)
         parts = [moments.of_all_channels() for moments in self._moments]
         counts = [high[0] + low[0] for high, low in parts]
-        totals = sum_over_replicas(counts)
+        totals = yield counts
         fractions = [tf.math.divide_no_nan(n, t) for n, t in zip(counts, totals, strict=True)]
         own_means = [(high[1], low[1]) for high, low in parts]
-        means, deviations = mean_over_replicas(own_means, fractions)
-        squares = sum_over_replicas(
-            [
-                high[2] + low[2] + n * tf.square(deviation)
-                for (high, low), n, deviation in zip(parts, counts, deviations, strict=True)
-            ]
-        )
+        means, deviations = yield from mean_over_replicas(own_means, fractions)
+        squares = yield [
+            high[2] + low[2] + n * tf.square(deviation)
+            for (high, low), n, deviation in zip(parts, counts, deviations, strict=True)
+        ]
         for moments, total, mean, square in zip(self._moments, totals, means, squares, strict=True):
             moments.assign(total > 0, mean, tf.math.divide_no_nan(square, total))
 

@@ -9,12 +9,13 @@ from swa_dist.batch_norm.bn_pass import observe_forward_pass
 from swa_dist.batch_norm.statistics import BatchNormStatistics
 from swa_dist.data.data_kinds import count_samples
 from swa_dist.data.inputs import distributed_inputs
-from swa_dist.distribution import ReplicaFunction, local_variable, read_local, sum_over_replicas
+from swa_dist.distribution import local_variable, read_local
 from swa_dist.keras_api import KerasAPI
 from swa_dist.model_checks import check_eager, check_strategy
 from swa_dist.plan import messages
 from swa_dist.plan.messages import SWAWarning
 from swa_dist.protocols import Model
+from swa_dist.replica_function import Communicating, ReplicaFunction
 
 # Parts of a count that float32 holds, and sums over 4,096 replicas, exactly. Not every accelerator
 # can sum integers.
@@ -157,8 +158,8 @@ class _SampleCount:
         self._sum()
         return read_local(self._total, self._strategy)
 
-    def _sum_replica(self) -> None:
+    def _sum_replica(self) -> Communicating[None]:
         parts = [self._own // _PART, self._own % _PART]
-        sums = sum_over_replicas([tf.cast(part, tf.float32) for part in parts])
+        sums = yield [tf.cast(part, tf.float32) for part in parts]
         high, low = (tf.cast(part, tf.int64) for part in sums)
         self._total.assign(high * _PART + low)

@@ -5,8 +5,9 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.data.data_kinds import count_samples
-from swa_dist.distribution import ReplicaFunction, local_variable, read_local, sum_over_replicas
+from swa_dist.distribution import local_variable, read_local
 from swa_dist.protocols import Model
+from swa_dist.replica_function import Communicating, ReplicaFunction
 from swa_dist.training.patches import patched
 from swa_dist.training.train_function import TrainFunction
 
@@ -75,8 +76,8 @@ class SampleCounter(TrainFunction):
         for variable in (self._largest, self._batches, self._batches_with_empty_replica):
             variable.assign(0)
 
-    def _sum_replica(self) -> None:
-        (total,) = sum_over_replicas([self._largest.read_value()])
+    def _sum_replica(self) -> Communicating[None]:
+        (total,) = yield [self._largest.read_value()]
         self._total.assign(tf.cast(tf.round(total), tf.int64))
 
     @tf.autograph.experimental.do_not_convert
