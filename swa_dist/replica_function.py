@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
 import tensorflow as tf
@@ -46,8 +47,7 @@ class ReplicaFunction:
         if self._calls > EAGER_CALLS or not _can_run_eagerly(self._strategy):
             self.graph()
         else:
-            with ThreadPoolExecutor(1) as worker:  # signals interrupt the main thread only
-                worker.submit(self._run_eagerly).result()
+            _run_to_the_end(self._run_eagerly)
 
     @functools.cached_property
     def graph(self) -> Callable[[], None]:
@@ -102,6 +102,30 @@ def mean_over_replicas(
         [c + mean for c, mean in zip(centers, means, strict=True)],
         [offset - mean for offset, mean in zip(offsets, means, strict=True)],
     )
+
+
+def _run_to_the_end(function: Callable[[], None]) -> None:
+    """Call a function, which a signal such as Ctrl-C cannot end midway: it comes through later."""
+    # Signals interrupt the main thread only.
+    outcome: Future[None] = Future()
+
+    def run() -> None:
+        if not outcome.set_running_or_notify_cancel():
+            return
+        try:
+            function()
+        except BaseException as error:
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
+
+    try:
+        threading.Thread(target=run).start()
+        outcome.result()
+    except BaseException:
+        if not outcome.cancel():  # it runs, or has run
+            wait([outcome])
+        raise
 
 
 def _can_run_eagerly(strategy: tf.distribute.Strategy) -> bool:

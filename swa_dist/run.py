@@ -275,6 +275,7 @@ class Run:
         state.move(bn_pass=bn_pass)
         bn_pass.begin()
         state.print(messages.of_epoch(epoch, messages.RUNNING_BN_PASS))
+        state.print(messages.of_epoch(epoch, messages.TRACING_BN_PASS))
 
     def _save(self, completed: int) -> bool:
         """Save a checkpoint if there is a folder for it; return whether that has worked."""

@@ -20,13 +20,13 @@ from tests.tolerances import assert_weights
 def device_functions(kit):
     """All that a replica does, by name, with its inputs."""
     average = average_of(mirrored_variables(NO_STRATEGY, ["float32"] * 4), NO_STRATEGY)
-    yield "average: update", average._update_replica, ()
-    yield "average: copy", average._copy_replica, ()
+    yield "average: update", average._update._run_in_graph, ()
+    yield "average: copy", average._copy._run_in_graph, ()
     norm = layer([3])
     statistics = BatchNormStatistics([norm], NO_STRATEGY)
-    yield "positions: begin", statistics._begin_replica, ()
-    yield "positions: pool", statistics._pool_replica, ()
-    yield "positions: restore", statistics._restore_replica, ()
+    yield "positions: begin", statistics._begin._run_in_graph, ()
+    yield "positions: pool", statistics._pool._run_in_graph, ()
+    yield "positions: restore", statistics._restore._run_in_graph, ()
 
     def observe(x):
         with statistics.observe():
@@ -34,10 +34,10 @@ def device_functions(kit):
 
     yield "positions: observe", observe, (tf.ones([300, 3]),)
     of_snapshots = BatchNormAverage([norm], NO_STRATEGY)
-    yield "statistics: update", of_snapshots._update_replica, ()
-    yield "statistics: copy", of_snapshots._copy_replica, ()
+    yield "statistics: update", of_snapshots._update._run_in_graph, ()
+    yield "statistics: copy", of_snapshots._copy._run_in_graph, ()
     counts = SampleCounter(build(kit))
-    yield "counts: sum", counts._sum_replica, ()
+    yield "counts: sum", counts._sum._run_in_graph, ()
     yield "counts: count", lambda x: counts._count((x,)), (tf.ones([8, 3]),)
 
 

@@ -228,7 +228,9 @@ def test_the_lines_of_keras_swa_are_printed_verbatim(kit, capsys):
         "Epoch 00002: starting stochastic weight averaging",
         "Epoch 00003: final model weights set to stochastic weight average",
         "Epoch 00003: reinitializing batch normalization layers",
-        "Epoch 00003: running forward pass to adjust batch normalization\n",
+        "Epoch 00003: running forward pass to adjust batch normalization",
+        "Epoch 00003: tracing the forward pass, which takes up to half as long as the first step "
+        "did\n",
     ]
     model = dense(kit)
     model.fit(*rows(16), epochs=3, verbose=0, callbacks=[kit.SWA(2, verbose=1)])

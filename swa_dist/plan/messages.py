@@ -18,6 +18,9 @@ FINAL = "final model weights set to stochastic weight average"
 RESETTING_BATCH_NORM = "reinitializing batch normalization layers"
 RUNNING_BN_PASS = "running forward pass to adjust batch normalization"
 
+# A line of ours: large models seem to hang there.
+TRACING_BN_PASS = "tracing the forward pass, which takes up to half as long as the first step did"
+
 
 def of_epoch(epoch: int, line: str) -> str:
     """Return a line about an epoch, counted from 0."""
