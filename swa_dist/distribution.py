@@ -43,7 +43,8 @@ class LocalCopy:
     """A replica's own copy of a variable, in a graph.
 
     It has TensorFlow's bare operations. The methods of a distributed variable do the same, but take
-    several times as long to trace.
+    several times as long to trace. For complex numbers the operations in place have no GPU kernels
+    (TensorFlow 2.21), and the CPU's end the process when they get a GPU's memory.
 
     Args:
         variable: A local variable, or one whose copies are equal.
@@ -69,14 +70,20 @@ class LocalCopy:
 
     def add(self, value: tf.Tensor) -> tf.Operation:
         """Add a value, in place."""
+        if self.dtype.is_complex:
+            return self.assign(self.read() + value)
         return tf.raw_ops.AssignAddVariableOp(resource=self._handle, value=value)
 
     def subtract(self, value: tf.Tensor) -> tf.Operation:
         """Subtract a value, in place."""
+        if self.dtype.is_complex:
+            return self.assign(self.read() - value)
         return tf.raw_ops.AssignSubVariableOp(resource=self._handle, value=value)
 
     def subtract_multiple(self, factor: tf.Tensor, value: tf.Tensor) -> tf.Operation:
         """Subtract a multiple of a value, in place, without the product in memory."""
+        if self.dtype.is_complex:
+            return self.assign(self.read() - factor * value)
         return tf.raw_ops.ResourceApplyGradientDescent(var=self._handle, alpha=factor, delta=value)
 
 

@@ -18,7 +18,7 @@ FINAL = "final model weights set to stochastic weight average"
 RESETTING_BATCH_NORM = "reinitializing batch normalization layers"
 RUNNING_BN_PASS = "running forward pass to adjust batch normalization"
 
-# A line of ours: large models seem to hang there.
+# Ours: large models seem to hang there.
 TRACING_BN_PASS = "tracing the forward pass, which takes up to half as long as the first step did"
 
 
@@ -296,7 +296,5 @@ def damaged_checkpoint(path: str, reason: str) -> str:
     return f"A checkpoint in `backup_dir` cannot be used: {path!r} is damaged ({reason})."
 
 
-def _end(finished_epoch: int | None) -> str:
-    return (
-        "before its first epoch" if finished_epoch is None else f"with epoch {finished_epoch + 1}"
-    )
+def _end(epoch: int | None) -> str:
+    return "before its first epoch" if epoch is None else f"with epoch {epoch + 1}"
