@@ -118,6 +118,28 @@ def test_the_model_carries_the_average_and_nothing_is_left_of_it(kit, hook, n):
     assert_weights(kit.trainable(model), plain(kit, n)[0].mean(*range(START, EPOCHS)))
 
 
+def test_a_layer_that_is_frozen_after_snapshots_keeps_its_own_statistics(kit, two_replicas):
+    """Also where the average has been in the model before."""
+    seen = []
+
+    def freeze(model):
+        norm_of(model).trainable = False
+
+    def look(swa):
+        def action(model):
+            own = [copies for v in norm_of(model).variables[-2:] for copies in kit.replicas(v)]
+            with swa.averaged_weights():
+                carried = [c for v in norm_of(model).variables[-2:] for c in kit.replicas(v)]
+            seen.append((own, carried))
+
+        return [at(kit, epoch, action) for epoch in (3, 4)]
+
+    run(kit, two_replicas, after=lambda swa: [*look(swa), at(kit, 3, freeze)], epochs=6)
+    (own, carried), (own_of_frozen, carried_of_frozen) = seen
+    assert any((a != b).any() for a, b in zip(own, carried, strict=True))
+    assert_bitwise(carried_of_frozen, own_of_frozen)
+
+
 def test_in_the_bn_pass_the_model_has_the_average_anyway(kit, two_replicas):
     seen = []
 
