@@ -180,6 +180,43 @@ def test_the_step_is_forward_only(kit, two_replicas):
         model.fit(*data(), batch_size=8, verbose=0)
 
 
+@pytest.mark.parametrize("own_step", [False, True])
+def test_gradients_are_computed_for_a_training_step_of_the_users_only(kit, own_step):
+    """For Keras's own, which does nothing else with them, they are not even traced."""
+    epoch_of_traces = []
+
+    @tf.custom_gradient
+    def identity(x):
+        def backward(upstream):
+            epoch_of_traces.append(epochs[-1])
+            return upstream
+
+        return tf.identity(x), backward
+
+    class Watched(kit.keras.layers.Layer):
+        def call(self, inputs):
+            return identity(inputs)
+
+    class Own(kit.keras.Sequential):
+        def train_step(self, fed):
+            return super().train_step(fed)
+
+    layers, epochs = kit.keras.layers, []
+    model = (Own if own_step else kit.keras.Sequential)(
+        [
+            layers.Input((3,)),
+            layers.BatchNormalization(),
+            layers.Dense(4),
+            Watched(),
+            layers.Dense(1),
+        ]
+    )
+    model.compile("sgd", "mse", jit_compile=False)
+    note = kit.keras.callbacks.LambdaCallback(on_epoch_begin=lambda e, logs: epochs.append(e + 1))
+    fit(kit, model, [note], epochs=4)
+    assert set(epoch_of_traces) == ({1, 4} if own_step else {1})
+
+
 def counting(kit, strategy):
     class Counting(kit.keras.Sequential):
         traces = 0
