@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
 
 
+tf_keras_only = pytest.mark.parametrize("kit", KITS[1:], indirect=True, ids=lambda kit: kit.name)
 with_renorm = pytest.mark.parametrize(
     "kit", [kit for kit in KITS if kit.has_renorm], indirect=True, ids=lambda kit: kit.name
 )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.kits import batched, rows
+from tests.kits import batched, positions
 from tests.tolerances import assert_mean, assert_variance, assert_weights
 
 NO_STRATEGY = tf.distribute.get_strategy()
@@ -74,7 +74,7 @@ def norm_of(model):
 
 def assert_exact(kit, model, recorder, snapshots, seen=None):
     assert_weights(kit.trainable(model), recorder.mean(*snapshots))
-    seen = rows(data()[0]) if seen is None else seen
+    seen = positions(data()[0]) if seen is None else seen
     mean, variance = kit.statistics(norm_of(model))
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))

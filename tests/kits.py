@@ -150,9 +150,9 @@ def _tap(kit):
         def compute_output_shape(self, input_shape):
             return input_shape
 
-        def rows(self, axis=-1):
-            """All rows seen, in float64: an array (rows, channels)."""
-            return np.concatenate([rows(batch, axis) for batch in self.seen])
+        def positions(self, axis=-1):
+            """All positions seen, in float64: an array (positions, channels)."""
+            return np.concatenate([positions(batch, axis) for batch in self.seen])
 
     return Tap
 
@@ -167,7 +167,7 @@ def batched(*arrays, size=8):
     return tf.data.Dataset.from_tensor_slices(arrays).batch(size)
 
 
-def rows(batch, axis=-1):
-    """An array as (rows, channels), in float64."""
+def positions(batch, axis=-1):
+    """An array as (positions, channels), in float64."""
     batch = np.moveaxis(np.asarray(batch, np.float64), axis, -1)
     return batch.reshape(-1, batch.shape[-1])

@@ -53,8 +53,8 @@ def run(
     model = model or build(kit, strategy)
     recorder = kit.Recorder()
     swa = swa or kit.SWA(START, "constant", 0.02, backup_dir=folder / "swa")
-    company = [kit.keras.callbacks.BackupAndRestore(str(folder / "model"))] if restore else []
-    callbacks = [*company, recorder, *before, swa, *after]
+    others = [kit.keras.callbacks.BackupAndRestore(str(folder / "model"))] if restore else []
+    callbacks = [*others, recorder, *before, swa, *after]
     try:
         history = model.fit(
             *data(20),
@@ -527,7 +527,7 @@ RATES = [
     ("constant", {}, 1, True),
     ("constant", {"swa_lr": 0.01}, 8, True),
     ("constant", {"swa_lr": 0.01}, 10, False),  # at `swa_lr` from here on
-    ("constant", {}, 10, True),  # whose "auto" is a share of it
+    ("constant", {}, 10, True),  # whose "auto" is a fraction of it
     ("cyclic", {"swa_freq": 2, "swa_lr": 0.01, "swa_lr2": 0.02}, 10, False),
     ("cyclic", {"swa_freq": 2, "swa_lr": 0.01}, 10, True),
 ]

@@ -1,4 +1,4 @@
-"""Statistics of rows, from the definition, however the rows are dealt out."""
+"""Statistics of positions, from the definition, however these are distributed."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from swa_dist.averaging.bn_average import BatchNormAverage
 from swa_dist.batch_norm.layer import BatchNormLayer
 from swa_dist.batch_norm.statistics import BatchNormStatistics
 from tests.conftest import mirrored
-from tests.kits import rows
+from tests.kits import positions
 from tests.tolerances import assert_mean, assert_variance
 
 
@@ -72,8 +72,8 @@ def deal(x, n, size):
     """Split into global batches, and those over replicas as MirroredStrategy does."""
     for i in range(0, len(x), size):
         batch = x[i : i + size]
-        share = -(-len(batch) // n)
-        yield [batch[r * share : (r + 1) * share] for r in range(n)]
+        part = -(-len(batch) // n)
+        yield [batch[r * part : (r + 1) * part] for r in range(n)]
 
 
 def skewed(n, channels, seed=0):
@@ -90,7 +90,7 @@ def test_one_answer_however_positions_are_distributed(strategy, size):
     with strategy.scope():
         norm = layer([5])
     n = strategy.num_replicas_in_sync
-    assert_exact(run(strategy, norm, deal(x, n, size)), rows(x))
+    assert_exact(run(strategy, norm, deal(x, n, size)), positions(x))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_mean_far_beyond_the_spread_costs_no_digits(two_replicas, mean, spread
     with two_replicas.scope():
         norm = layer([2])
     result = run(two_replicas, norm, deal(x, 2, 64))
-    assert_exact(result, rows(x))
+    assert_exact(result, positions(x))
 
 
 @pytest.mark.parametrize("jit_compile", [False, True], ids=["graph", "xla"])
@@ -137,7 +137,7 @@ def test_float32_sums_stay_exact_over_a_long_epoch_far_from_zero(jit_compile):
     strategy = tf.distribute.get_strategy()
     x = (np.random.default_rng(2).normal(size=(3000, 4, 2)) + 1000).astype("float32")
     result = run(strategy, layer([2]), ([batch] for batch in x), jit_compile)
-    assert_exact(result, rows(x))
+    assert_exact(result, positions(x))
 
 
 @pytest.mark.parametrize("shape", [(64, 56, 56, 4), (20_000, 4)])
@@ -145,7 +145,7 @@ def test_large_batches_are_summed_exactly(shape):
     # TensorFlow's own reduction over these is off by 1e-5 and more.
     strategy = tf.distribute.get_strategy()
     x = np.maximum(np.random.default_rng(3).normal(size=shape) * 2 + 1, -1).astype("float32")
-    assert_exact(run(strategy, layer([4], (*[None] * (len(shape) - 1), 4)), [[x]]), rows(x))
+    assert_exact(run(strategy, layer([4], (*[None] * (len(shape) - 1), 4)), [[x]]), positions(x))
 
 
 def test_replicas_and_steps_without_samples(strategy):
@@ -155,7 +155,7 @@ def test_replicas_and_steps_without_samples(strategy):
     n = strategy.num_replicas_in_sync
     empty = np.zeros((0, 3), "float32")
     batches = [[empty] * n, [empty] * (n - 1) + [x], [empty] * n]
-    assert_exact(run(strategy, norm, batches), rows(x))
+    assert_exact(run(strategy, norm, batches), positions(x))
 
 
 def test_without_positions_the_statistics_stay(two_replicas):
@@ -176,7 +176,7 @@ def test_calls_outside_training_do_not_count(training):
 def test_a_symbolic_training_flag_counts_when_it_is_true():
     x = skewed(5, 3)
     result = run(tf.distribute.get_strategy(), layer([3]), [[x]], training=tf.constant(True))
-    assert_exact(result, rows(x))
+    assert_exact(result, positions(x))
 
 
 def test_inputs_of_unknown_shape():
@@ -192,8 +192,8 @@ def test_inputs_of_unknown_shape():
         for batch in np.split(x, [7, 20]):
             step(batch)
     statistics.pool()
-    assert_mean(norm.mean.numpy(), rows(x).mean(0), rows(x).std(0))
-    assert_variance(norm.variance.numpy(), rows(x).var(0))
+    assert_mean(norm.mean.numpy(), positions(x).mean(0), positions(x).std(0))
+    assert_variance(norm.variance.numpy(), positions(x).var(0))
 
 
 def test_masked_positions_are_not_counted():
@@ -202,18 +202,18 @@ def test_masked_positions_are_not_counted():
     poisoned = np.where(mask[..., None], x, np.nan).astype("float32")
     strategy = tf.distribute.get_strategy()
     result = run(strategy, layer([3], (None, None, 3)), [[poisoned]], mask=mask)
-    assert_exact(result, rows(x[mask]))
+    assert_exact(result, positions(x[mask]))
     unmasked = run(
         strategy, layer([3], (None, None, 3), uses_mask=False), [[x]], training=True, mask=mask
     )
-    assert_exact(unmasked, rows(x))
+    assert_exact(unmasked, positions(x))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_inputs_are_summed_in_float32(dtype):
     x = tf.cast(skewed(500, 3), dtype).numpy()
     result = run(tf.distribute.get_strategy(), layer([3]), [[x]])
-    assert_exact(result, rows(x))
+    assert_exact(result, positions(x))
 
 
 def test_float64_layers_get_float64_statistics():
@@ -227,10 +227,10 @@ def test_renorm_statistics_agree_with_the_moving_ones():
     names = [tf.Variable(tf.zeros([3]), trainable=False) for _ in range(3)]
     x = skewed(50, 3)
     norm = layer([3], renorm=tuple(names))
-    assert_exact(run(tf.distribute.get_strategy(), norm, [[x]]), rows(x))
+    assert_exact(run(tf.distribute.get_strategy(), norm, [[x]]), positions(x))
     renorm_mean, renorm_stddev, moving_stddev = names
     np.testing.assert_array_equal(renorm_mean, norm.mean)
-    expected = np.sqrt(rows(x).var(0) + 1e-3)
+    expected = np.sqrt(positions(x).var(0) + 1e-3)
     np.testing.assert_allclose(renorm_stddev, expected, rtol=1e-6)
     np.testing.assert_allclose(moving_stddev, expected, rtol=1e-6)
 
@@ -275,7 +275,7 @@ def test_several_layers_and_several_calls_are_kept_apart(two_replicas):
         step()
     statistics.pool()
     for norm, seen in ((first, np.concatenate([a, b])), (second, c)):
-        seen = rows(seen)
+        seen = positions(seen)
         assert_mean(norm.mean.numpy(), seen.mean(0), seen.std(0))
         assert_variance(norm.variance.numpy(), seen.var(0))
 
@@ -285,7 +285,7 @@ def test_a_second_pass_starts_anew():
     strategy = tf.distribute.get_strategy()
     run(strategy, norm, [[skewed(9, 3, seed=4)]])
     x = skewed(8, 3)
-    assert_exact(run(strategy, norm, [[x]]), rows(x))
+    assert_exact(run(strategy, norm, [[x]]), positions(x))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

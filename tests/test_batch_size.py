@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from swa_dist.data.data_kinds import count_samples
-from tests.kits import rows
+from tests.kits import positions
 from tests.tolerances import assert_mean, assert_variance
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -102,7 +102,7 @@ def test_any_kind_of_data_needs_nothing_from_the_user(kit, two_replicas, feed):
     )
     model.fit(**feed(kit, two_replicas), epochs=2, verbose=0, callbacks=[swa, after_epoch])
     assert sizes == [BATCH] * 2
-    seen = rows(X[:16] if feed is drop_remainder else X)
+    seen = positions(X[:16] if feed is drop_remainder else X)
     norm = model.layers[0]
     mean, variance = kit.statistics(norm)
     assert_mean(mean, seen.mean(0), seen.std(0))
@@ -110,8 +110,8 @@ def test_any_kind_of_data_needs_nothing_from_the_user(kit, two_replicas, feed):
 
 
 def test_the_largest_batch_counts_and_empty_shards_do_not_mislead(kit, four_replicas):
-    # Over 4 replicas, 6 rows are dealt out 2, 2, 2, 0 and 4 rows 1, 1, 1, 1: the sum of each
-    # replica's largest share would be 7.
+    # Over 4 replicas, 6 samples are dealt out 2, 2, 2, 0 and 4 samples 1, 1, 1, 1: the sum of each
+    # replica's largest part would be 7.
     model = model_of(kit, four_replicas, [])
     sizes = [4, 6, 4]
     fed = tf.data.Dataset.from_generator(

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tests.conftest import mirrored, with_renorm
 from tests.fits import NO_STRATEGY, data
-from tests.kits import KITS, batched, rows
+from tests.kits import KITS, batched, positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -72,7 +72,7 @@ def optimizers(kit):
 
 
 @pytest.mark.parametrize(
-    ("kit", "name"), [row for kit in KITS for row in optimizers(kit)], indirect=["kit"]
+    ("kit", "name"), [case for kit in KITS for case in optimizers(kit)], indirect=["kit"]
 )
 def test_no_optimizer_changes_anything(kit, name):
     def make(optimizers):
@@ -144,7 +144,7 @@ def test_no_weight_travels_to_the_host(kit, two_replicas, monkeypatch):
     fed = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
     model.fit(fed, epochs=4, verbose=0, shuffle=False, callbacks=[kit.SWA(2)])
     assert sizes
-    assert max(sizes) <= 2  # rates, counts, losses; tf.data's own list of two shares of a batch
+    assert max(sizes) <= 2  # rates, counts, losses; tf.data's own list of two parts of a batch
     model.get_weights()
     assert max(sizes) == 3  # the spy sees
 
@@ -440,7 +440,7 @@ def test_several_optimizers_change_nothing(kit, two_replicas):
 
 
 def tapped(kit, strategy, layers, shape, compile_arguments=None, last=None):
-    """Fit a model; return the layers and all rows that reached each tap in the last epoch."""
+    """Fit a model; return the layers and all positions that reached each tap in the last epoch."""
     with strategy.scope():
         inputs = kit.keras.layers.Input(shape)
         x = inputs
@@ -469,14 +469,14 @@ def test_inputs_of_any_rank_and_axis(kit, shape, axis):
     arguments = {"fused": False} if kit.name == "tf_keras" and axis == 1 else {}
     tap, norm = kit.Tap(), kit.keras.layers.BatchNormalization(axis=axis, **arguments)
     tapped(kit, NO_STRATEGY, [tap, norm], shape)
-    assert_statistics(kit, norm, tap.rows(axis))
+    assert_statistics(kit, norm, tap.positions(axis))
 
 
 def test_synchronized_layers(kit, two_replicas):
     with two_replicas.scope():
         tap, norm = kit.Tap(), kit.keras.layers.BatchNormalization(synchronized=True)
     tapped(kit, two_replicas, [tap, norm], (4, 3))
-    assert_statistics(kit, norm, tap.rows())
+    assert_statistics(kit, norm, tap.positions())
     kit.assert_replicas_agree(norm)
 
 
@@ -485,7 +485,7 @@ def test_renorm_layers_normalize_plainly_and_keep_all_statistics_in_agreement(ki
     norm = kit.keras.layers.BatchNormalization(renorm=True, renorm_clipping={"rmax": 3.0})
     first, second = kit.Tap(), kit.Tap()
     tapped(kit, NO_STRATEGY, [first, norm, second], (3,))
-    seen = first.rows()
+    seen = first.positions()
     assert_statistics(kit, norm, seen)
     np.testing.assert_allclose(kit.array(norm.renorm_mean), seen.mean(0), rtol=1e-6)
     stddev = np.sqrt(seen.var(0) + norm.epsilon)
@@ -509,10 +509,10 @@ def test_nested_wrapped_and_shared_layers(kit, two_replicas):
     tapped(kit, two_replicas, stack, (4, 3))
     taps[0].on = True
     for tap, norm in zip(taps[1:], (wrapped, shared), strict=True):
-        assert_statistics(kit, norm, tap.rows())
+        assert_statistics(kit, norm, tap.positions())
     rng = np.random.default_rng(5)
     x = (rng.normal(size=(20, 4, 3)) * 2 + 3).astype("float32")
-    assert_statistics(kit, nested, rows(x))
+    assert_statistics(kit, nested, positions(x))
 
 
 def test_masked_steps_are_not_counted(kit):
@@ -526,7 +526,7 @@ def test_masked_steps_are_not_counted(kit):
     fed = (rng.normal(size=(24, 4, 3)) + 5).astype("float32")
     fed[::3, 2:] = 0
     fit(kit, model, x=fed, y=rng.normal(size=(24, 1)), batch_size=8)
-    assert_statistics(kit, norm, rows(fed[(fed != 0).any(-1)]))
+    assert_statistics(kit, norm, positions(fed[(fed != 0).any(-1)]))
 
 
 # Keras 3.15 itself overflows when it adds up several replicas' scaled float16 gradients.
@@ -541,7 +541,7 @@ def test_mixed_precision(kit, policy, n):
         tapped(kit, strategy, stack, (3,))
     finally:
         kit.keras.mixed_precision.set_global_policy("float32")
-    assert_statistics(kit, norm, tap.rows())
+    assert_statistics(kit, norm, tap.positions())
     kit.assert_replicas_agree(norm)
 
 
@@ -573,7 +573,7 @@ def test_layers_that_do_not_train_keep_what_they_have(kit):
     fit(kit, model)
     for layer, statistics in zip(kept, before, strict=True):
         assert_bitwise(kit.statistics(layer), statistics)
-    x = rows(data()[0])
+    x = positions(data()[0])
     for layer in kept[:2]:
         mean, variance = (s.astype("float64") for s in kit.statistics(layer))
         x = (x - mean) / np.sqrt(variance + layer.epsilon)
@@ -612,8 +612,9 @@ def test_what_counts_in_a_subclass_is_what_it_hands_to_its_ancestor(kit):
     keywords, always, doubles, never = layers
     never.moving_mean.assign([7.0, 8.0, 9.0])
     fit(kit, model)
-    x = rows(data()[0])
-    if kit.name == "tf_keras":  # Keras 3 itself hands `training` to nobody who does not name it
+    x = positions(data()[0])
+    # Keras 3 itself passes no `training` to a layer that does not name it.
+    if kit.name == "tf_keras":
         assert_statistics(kit, keywords, x)
     for layer, seen in ((always, x), (doubles, 2 * x)):
         assert_statistics(kit, layer, seen)
@@ -626,7 +627,7 @@ def test_a_callback_that_restores_weights_before_swa_changes_nothing(kit):
     stopping = kit.keras.callbacks.EarlyStopping("loss", patience=9, restore_best_weights=True)
     recorder, *_ = fit(kit, model, [stopping])
     assert_bitwise(kit.trainable(model), recorder.weights[2])
-    assert_statistics(kit, model.layers[0], rows(data()[0]))
+    assert_statistics(kit, model.layers[0], positions(data()[0]))
 
 
 def test_training_inside_the_pass_ends_it_with_a_warning(kit):
@@ -647,7 +648,7 @@ def test_other_ways_to_run_the_step(kit, how):
     model = build(kit, **{how: 2 if how == "steps_per_execution" else True})
     recorder, swa, history = fit(kit, model)
     assert_bitwise(kit.trainable(model), recorder.weights[2])
-    assert_statistics(kit, model.layers[0], rows(data()[0]))
+    assert_statistics(kit, model.layers[0], positions(data()[0]))
     assert swa.inferred_batch_size == 8
     assert history["learning_rate"][3] == 0.0
 
@@ -659,4 +660,4 @@ def test_static_batches_are_not_counted_twice_at_the_end_of_the_data(kit, two_re
     fed = tf.data.Dataset.from_tensor_slices(data()).batch(8, drop_remainder=True)
     fed = fed.filter(lambda x, y: True)  # of unknown length: its end is found by running into it
     fit(kit, model, x=fed, shuffle=False)
-    assert_statistics(kit, model.layers[0], rows(x))
+    assert_statistics(kit, model.layers[0], positions(x))

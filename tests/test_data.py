@@ -13,8 +13,8 @@ from tests.conftest import mirrored
 
 X = np.arange(66, dtype="float32").reshape(22, 3)
 Y = X[:, :1]
-ROWS = tf.data.Dataset.from_tensor_slices((X, Y))
-BATCHES = ROWS.batch(8)
+SAMPLES = tf.data.Dataset.from_tensor_slices((X, Y))
+BATCHES = SAMPLES.batch(8)
 
 
 def generator(*sizes):
@@ -63,11 +63,11 @@ TABLE = tf.lookup.StaticHashTable(
 
 PIPELINES = {
     "batch": (BATCHES, 8),
-    "drop_remainder": (ROWS.batch(8, drop_remainder=True), 8),
-    "parallel batch": (ROWS.batch(8, num_parallel_calls=2), 8),
-    "batch of batches": (ROWS.batch(2).batch(4), 4),
+    "drop_remainder": (SAMPLES.batch(8, drop_remainder=True), 8),
+    "parallel batch": (SAMPLES.batch(8, num_parallel_calls=2), 8),
+    "batch of batches": (SAMPLES.batch(2).batch(4), 4),
     "unbatch": (BATCHES.unbatch().batch(3), 3),
-    "map before": (ROWS.map(lambda x, y: (2 * x, y)).batch(8), 8),
+    "map before": (SAMPLES.map(lambda x, y: (2 * x, y)).batch(8), 8),
     "map": (BATCHES.map(lambda x, y: (2 * x, y)), 8),
     "maps": (BATCHES.map(preserve).prefetch(1).map(lambda x, y: (x["image"], y)), 8),
     "parallel map": (BATCHES.map(preserve, num_parallel_calls=2).prefetch(tf.data.AUTOTUNE), 8),
@@ -92,7 +92,7 @@ PIPELINES = {
     "options": (BATCHES.with_options(tf.data.Options()), 8),
     "zip": (tf.data.Dataset.zip((BATCHES, BATCHES)), 8),
     "zip of maps": (tf.data.Dataset.zip((BATCHES.map(preserve), BATCHES)).take(2).shuffle(2), 8),
-    "zip of unlike batches": (tf.data.Dataset.zip((ROWS.batch(4).map(preserve), BATCHES)), None),
+    "zip of unlike batches": (tf.data.Dataset.zip((SAMPLES.batch(4).map(preserve), BATCHES)), None),
     "padded_batch": (tf.data.Dataset.range(9).map(lambda n: tf.fill([n], n)).padded_batch(4), 4),
     "ragged_batch": (tf.data.Dataset.range(9).map(lambda n: tf.fill([n], n)).ragged_batch(4), 4),
     "map of ragged_batch": (
@@ -101,13 +101,13 @@ PIPELINES = {
     ),
     "rebatch": (BATCHES.map(preserve).rebatch(4), None),
     "whole arrays": (tf.data.Dataset.from_tensors((X, Y)), 22),
-    "no batch": (ROWS, None),
+    "no batch": (SAMPLES, None),
     "scalars": (tf.data.Dataset.range(9), None),
     "enumerate": (BATCHES.enumerate(), 8),
     "flat_map": (BATCHES.flat_map(lambda x, y: tf.data.Dataset.from_tensors((x, y))), None),
-    "concatenate": (BATCHES.concatenate(ROWS.batch(4)), None),
+    "concatenate": (BATCHES.concatenate(SAMPLES.batch(4)), None),
     "bucketing": (
-        ROWS.bucket_by_sequence_length(lambda x, y: tf.shape(x)[0], [5], [4, 4]).map(preserve),
+        SAMPLES.bucket_by_sequence_length(lambda x, y: tf.shape(x)[0], [5], [4, 4]).map(preserve),
         None,
     ),
     "generator": (dataset_of_generator([None]), None),
@@ -134,8 +134,8 @@ STAGES = {
 @pytest.mark.parametrize("drop_remainder", [False, True])
 def test_datasets_after_a_batch(drop_remainder):
     for stages in itertools.permutations(STAGES.values(), 2):
-        data = ROWS.batch(8, drop_remainder=drop_remainder)
-        padded = ROWS.padded_batch(7, drop_remainder=drop_remainder)
+        data = SAMPLES.batch(8, drop_remainder=drop_remainder)
+        padded = SAMPLES.padded_batch(7, drop_remainder=drop_remainder)
         for stage in stages:
             data, padded = stage(data), stage(padded)
         assert (infer_batch_size(data), infer_batch_size(padded)) == (8, 7)
@@ -160,11 +160,11 @@ def test_a_dataset_is_not_read():
     [
         (BATCHES, 8),
         (BATCHES.map(lambda x, y: (2 * x, y)).repeat(), 8),
-        (ROWS.batch(7, drop_remainder=True), 7),
-        (ROWS.batch(8, drop_remainder=True).map(preserve).prefetch(1), 8),
+        (SAMPLES.batch(7, drop_remainder=True), 7),
+        (SAMPLES.batch(8, drop_remainder=True).map(preserve).prefetch(1), 8),
         (tf.data.Dataset.zip(BATCHES, BATCHES).shuffle(2), 8),
-        (ROWS.padded_batch(4), 4),
-        (ROWS.batch(2), 2),
+        (SAMPLES.padded_batch(4), 4),
+        (SAMPLES.batch(2), 2),
         (dataset_of_generator([None]), None),
     ],
     ids=["batch", "map", "odd", "drop_remainder", "zip", "padded_batch", "small", "generator"],

@@ -9,7 +9,7 @@ PROGRAM = """
 import numpy as np
 import tests.conftest  # virtual devices
 import tensorflow as tf
-from tests.kits import KITS, rows
+from tests.kits import KITS, positions
 from tests.tolerances import assert_mean, assert_variance, assert_weights
 
 x = (np.random.default_rng(0).normal(size=(44, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
@@ -23,7 +23,7 @@ for kit in KITS:
         model.compile("sgd", "mse", jit_compile=False)
     recorder = kit.Recorder()
     model.fit(x, y, batch_size=16, epochs=3, verbose=0, callbacks=[recorder, kit.SWA(1)])
-    seen = rows(x)
+    seen = positions(x)
     mean, variance = kit.statistics(norm)
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))

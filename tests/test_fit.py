@@ -49,7 +49,7 @@ def tap_last_epoch(kit, taps, epochs=EPOCHS):
 
 def assert_pooled(kit, taps, norms):
     for tap, norm in zip(taps, norms, strict=True):
-        seen = tap.rows()
+        seen = tap.positions()
         mean, variance = kit.statistics(norm)
         assert_mean(mean, seen.mean(0), seen.std(0))
         assert_variance(variance, seen.var(0))
@@ -58,7 +58,7 @@ def assert_pooled(kit, taps, norms):
 @pytest.mark.exactness
 def test_exact_average_and_statistics_with_a_ragged_last_batch(kit, strategy):
     model, taps, norms = build(kit, strategy)
-    x, y = images(60)  # batches of 16, 16, 16, 12: 12 over 4 replicas leaves none without rows
+    x, y = images(60)  # batches of 16, 16, 16, 12: 12 over 4 replicas leaves none without samples
     recorder, swa = kit.Recorder(), kit.SWA(start_epoch=2)
     model.fit(
         x, y, batch_size=16, epochs=EPOCHS, verbose=0,
@@ -67,7 +67,7 @@ def test_exact_average_and_statistics_with_a_ragged_last_batch(kit, strategy):
     assert swa.n_averaged == 3
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
     assert sum(len(batch) for batch in taps[0].seen) == 60
-    np.testing.assert_allclose(taps[0].rows().sum(0), x.sum((0, 1, 2), np.float64), rtol=1e-9)
+    np.testing.assert_allclose(taps[0].positions().sum(0), x.sum((0, 1, 2), np.float64), rtol=1e-9)
     assert_pooled(kit, taps, norms)
     kit.assert_replicas_agree(model)
 
@@ -76,7 +76,7 @@ def test_exact_average_and_statistics_with_a_ragged_last_batch(kit, strategy):
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3.6, at its end
 def test_replicas_without_samples(kit, two_replicas):
     # Only the last epoch has the batch of 1: Keras 3 itself trains to NaN on an empty shard. No
-    # convolution: of no rows, TensorFlow 2.21 with oneDNN gives a wrong shape.
+    # convolution: of no samples, TensorFlow 2.21 with oneDNN gives a wrong shape.
     model, taps, norms = build(kit, two_replicas, convolve=False)
     even = tf.data.Dataset.from_tensor_slices(images(16)).batch(8).repeat(EPOCHS - 1)
     ragged = tf.data.Dataset.from_tensor_slices(images(9, seed=1)).batch(8)
@@ -122,7 +122,7 @@ def dense(kit, strategy=NO_STRATEGY, rate=0.1):
     return model
 
 
-def rows(n, seed=0):
+def samples(n, seed=0):
     rng = np.random.default_rng(seed)
     return rng.normal(size=(n, 3)).astype("float32"), rng.normal(size=(n, 1)).astype("float32")
 
@@ -130,7 +130,7 @@ def rows(n, seed=0):
 def test_without_bn_the_last_epoch_trains_and_is_averaged(kit, two_replicas):
     model = dense(kit, two_replicas)
     recorder, swa = kit.Recorder(), kit.SWA(start_epoch=2, swa_freq=2)
-    model.fit(*rows(24), batch_size=8, epochs=5, verbose=0, callbacks=[recorder, swa])
+    model.fit(*samples(24), batch_size=8, epochs=5, verbose=0, callbacks=[recorder, swa])
     assert swa.n_averaged == 2
     assert_weights(kit.trainable(model), recorder.mean(3, 5))
     assert any(
@@ -146,7 +146,7 @@ def test_each_batch_has_the_rate_of_the_papers_schedule(kit, schedule):
     freq = 2 if schedule == "cyclic" else 1
     swa = kit.SWA(start_epoch=6, lr_schedule=schedule, swa_lr=0.1, swa_freq=freq)
     history = model.fit(
-        *rows(24), batch_size=8, epochs=9, verbose=0, callbacks=[recorder, swa]
+        *samples(24), batch_size=8, epochs=9, verbose=0, callbacks=[recorder, swa]
     ).history
     # t = 0, .2, .4 | .6, .8: a quarter and three quarters of the way from 0.4 to 0.1
     expected = [[0.4] * 3] * 3 + [[0.325] * 3, [0.175] * 3]
@@ -164,7 +164,7 @@ def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit):
     model = dense(kit, rate=0.4)
 
     def batches():
-        x, y = rows(24)
+        x, y = samples(24)
         for i in range(0, 24, 8):
             yield x[i : i + 8].copy(), y[i : i + 8].copy()
 
@@ -200,7 +200,7 @@ def test_another_callbacks_history_entry_stays(kit):
         logs["learning_rate"] = 42.0
 
     other = kit.keras.callbacks.LambdaCallback(on_epoch_end=write)
-    fit = model.fit(*rows(8), epochs=3, verbose=0, callbacks=[other, kit.SWA(2)])
+    fit = model.fit(*samples(8), epochs=3, verbose=0, callbacks=[other, kit.SWA(2)])
     assert fit.history["learning_rate"] == [42.0] * 3
 
 
@@ -211,7 +211,7 @@ def test_an_instance_serves_several_fits(kit):
         for _ in range(2):
             recorder = kit.Recorder()
             model.fit(
-                *rows(n), batch_size=batch_size, epochs=epochs, verbose=0,
+                *samples(n), batch_size=batch_size, epochs=epochs, verbose=0,
                 callbacks=[recorder, swa],
             )  # fmt: skip
             assert swa.n_averaged == epochs - 1
@@ -233,12 +233,12 @@ def test_the_lines_of_keras_swa_are_printed_verbatim(kit, capsys):
         "did\n",
     ]
     model = dense(kit)
-    model.fit(*rows(16), epochs=3, verbose=0, callbacks=[kit.SWA(2, verbose=1)])
+    model.fit(*samples(16), epochs=3, verbose=0, callbacks=[kit.SWA(2, verbose=1)])
     assert capsys.readouterr().out.split("\n\n") == [
         "\nEpoch 00002: starting stochastic weight averaging",
         "Epoch 00004: final model weights set to stochastic weight average\n",
     ]
-    model.fit(*rows(16), epochs=3, verbose=0, callbacks=[kit.SWA(2)])
+    model.fit(*samples(16), epochs=3, verbose=0, callbacks=[kit.SWA(2)])
     assert capsys.readouterr().out == ""
 
 
@@ -248,6 +248,6 @@ def test_weights_are_bitwise_what_training_without_the_callback_visits(kit, two_
         kit.keras.utils.set_random_seed(3)
         model = dense(kit, two_replicas)
         recorder = kit.Recorder()
-        model.fit(*rows(24), batch_size=8, epochs=3, verbose=0, callbacks=[recorder, *callbacks])
+        model.fit(*samples(24), batch_size=8, epochs=3, verbose=0, callbacks=[recorder, *callbacks])
         visited.append([array for epoch in recorder.weights for array in epoch])
     assert_bitwise(*visited)

@@ -18,7 +18,7 @@ from tests.fits import (
     fit,
     norm_of,
 )
-from tests.kits import rows
+from tests.kits import positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -80,7 +80,7 @@ def test_a_model_compiled_anew_between_epochs(kit, two_replicas):
     model = build(kit, two_replicas)
     recorder, *_ = fit(kit, model, before=[at(kit, 3, act, "on_epoch_begin")], epochs=5)
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
-    assert_mean(kit.statistics(norm_of(model))[0], rows(data()[0]).mean(0), 1)
+    assert_mean(kit.statistics(norm_of(model))[0], positions(data()[0]).mean(0), 1)
     # The pass ends itself, before any callback is told of its last batch.
     assert recorder.batch_rates[-1] == [0.0, 0.0, pytest.approx(2 * RATE)]
     assert kit.rate(model) == pytest.approx(2 * RATE)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from tests.conftest import mirrored
+from tests.conftest import mirrored, tf_keras_only
 from tests.fits import NO_STRATEGY, at, build, data, stop
-from tests.kits import KITS, batched
+from tests.kits import batched
 from tests.tolerances import assert_bitwise, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -168,9 +168,6 @@ def growing(kit, lengths):
             self.lengths[:] = self.lengths[1:] or self.lengths
 
     return Growing()
-
-
-tf_keras_only = pytest.mark.parametrize("kit", KITS[1:], indirect=True, ids=lambda kit: kit.name)
 
 
 @tf_keras_only

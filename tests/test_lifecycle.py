@@ -20,7 +20,7 @@ from tests.fits import (
     ran_out,
     stop,
 )
-from tests.kits import rows
+from tests.kits import positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -87,7 +87,7 @@ def test_without_bn_early_stopping_needs_no_further_epoch(kit):
 def test_stopped_by_a_later_callback_the_model_has_averaged_statistics(kit, n):
     model = build(kit, mirrored(n))
     kept = Statistics(kit, 2, 3, 4)
-    # 20 rows: the shares of the last batch differ from replica to replica.
+    # 20 samples: the parts of the last batch differ from replica to replica.
     with pytest.warns(UserWarning, match="were not recomputed") as warned:
         recorder, _, history = fit(
             kit, model, before=[kept.callback], after=[at(kit, 4, stop)], fed=data(20), batch_size=8
@@ -132,7 +132,7 @@ def test_stopped_before_the_first_snapshot_the_weights_stay_as_trained(kit, side
 def test_stopped_within_the_pass_the_statistics_are_of_the_samples_it_saw(kit, two_replicas):
     model = build(kit, two_replicas)
     recorder, *_ = fit(kit, model, after=[at(kit, 5, stop, "on_train_batch_end")], epochs=5)
-    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][:8]))
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=positions(data()[0][:8]))
 
 
 def test_what_is_not_finite_is_not_averaged_and_terminate_on_nan_ends_finite(kit, two_replicas):
@@ -210,7 +210,7 @@ def test_a_pass_over_less_data_ends_with_it_and_has_its_statistics(kit):
     look = at(kit, 5, lambda model: seen.extend(model.get_weights()))
     recorder, *_ = fit(kit, model, before=[look], epochs=5, fed=batches_of([3, 3, 3, 3, 2]))
     assert_bitwise(seen, model.get_weights())
-    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][:16]))
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=positions(data()[0][:16]))
 
 
 @ran_out
@@ -273,8 +273,8 @@ def test_one_callback_in_a_k_fold_loop(kit, two_replicas):
         model.fit(x, y, batch_size=8, epochs=4, verbose=0, callbacks=[recorder, swa])
         assert_weights(kit.trainable(model), recorder.mean(2, 3))
         mean, variance = kit.statistics(norm_of(model))
-        assert_mean(mean, rows(x).mean(0), rows(x).std(0))
-        assert_variance(variance, rows(x).var(0))
+        assert_mean(mean, positions(x).mean(0), positions(x).std(0))
+        assert_variance(variance, positions(x).var(0))
 
 
 def test_two_models_in_turn_and_fit_after_fit(kit, two_replicas):

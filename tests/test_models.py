@@ -9,10 +9,10 @@ import pytest
 import tensorflow as tf
 
 from tests.conftest import mirrored
-from tests.kits import KITS, rows
+from tests.kits import KITS, batched, positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
-ROWS = []
+CASES = []
 
 
 @dataclass
@@ -22,16 +22,16 @@ class Case:
     model: Any
     x: Any
     y: Any
-    norms: Sequence = ()  # for each live BN layer: what reaches it (a tap or rows), the layer
+    norms: Sequence = ()  # for each trainable BN layer: a tap or positions, the layer
     still: Sequence = ()  # variables that nothing may change
     optimizers: Sequence = field(default_factory=list)  # where it is not the model's own alone
 
 
-def row(replicas=2, kits=("keras3", "tf_keras")):
+def case(replicas=2, kits=("keras3", "tf_keras")):
     """Enter a builder into the table; no replicas: no strategy."""
 
     def enter(build):
-        ROWS.extend(
+        CASES.extend(
             pytest.param(kit, build, replicas, id=f"{build.__name__}-{kit.name}")
             for kit in KITS
             if kit.name in kits
@@ -72,7 +72,7 @@ def stack(kit, dtype=None, **dense):
             layers.Dense(1, dtype=dtype),
         ]
     )
-    return model, [(rows(data()[0]), norms[0]), (tap, norms[1])]
+    return model, [(positions(data()[0]), norms[0]), (tap, norms[1])]
 
 
 def stacked(kit, optimizer=None, dtype=None, dense=None, **arguments):
@@ -80,7 +80,7 @@ def stacked(kit, optimizer=None, dtype=None, dense=None, **arguments):
     return Case(compiled(kit, model, optimizer, **arguments), *data(), norms)
 
 
-@row()
+@case()
 def subclassed(kit):
     layers = kit.keras.layers
 
@@ -100,7 +100,7 @@ def subclassed(kit):
     return Case(compiled(kit, model), *data(), [model.parts[1:]])
 
 
-@row()
+@case()
 def functional_with_a_branch(kit):
     layers = kit.keras.layers
     inputs = layers.Input((3,))
@@ -111,7 +111,7 @@ def functional_with_a_branch(kit):
     return Case(compiled(kit, model), *data(), [(tap, norm)])
 
 
-@row()
+@case()
 def nested(kit):
     inner, norms = stack(kit)
     inputs = kit.keras.layers.Input((3,))
@@ -121,7 +121,7 @@ def nested(kit):
     return Case(compiled(kit, model), *data(), norms)
 
 
-@row()
+@case()
 def several_inputs_and_outputs(kit):
     layers = kit.keras.layers
     inputs = {name: layers.Input((3,), name=name) for name in "ab"}
@@ -133,7 +133,7 @@ def several_inputs_and_outputs(kit):
     return Case(model, {"a": a, "b": b}, {"u": u, "v": v}, [(tap, norm)])
 
 
-@row()
+@case()
 def shared_layers(kit):
     layers = kit.keras.layers
     inputs = layers.Input((3,))
@@ -143,7 +143,7 @@ def shared_layers(kit):
     return Case(compiled(kit, model), *data(), [(tap, norm)])
 
 
-@row()
+@case()
 def time_distributed(kit):
     layers = kit.keras.layers
     tap, norm = kit.Tap(), layers.BatchNormalization()
@@ -160,7 +160,7 @@ def time_distributed(kit):
     return Case(compiled(kit, model), *data(shape=(5, 3)), [(tap, norm)])
 
 
-@row()
+@case()
 def own_wrapper(kit):
     layers = kit.keras.layers
 
@@ -190,7 +190,7 @@ def minimize(tape, loss, variables, optimizer):
     optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
 
-@row()
+@case()
 def several_forward_passes_in_train_step(kit):
     network, norms = stack(kit)
     tap = kit.Tap()
@@ -220,7 +220,7 @@ def several_forward_passes_in_train_step(kit):
     return Case(compiled(kit, model), *data(), [(tap, norms[0][1]), norms[1]])
 
 
-@row()
+@case()
 def gan_with_two_optimizers(kit):
     layers = kit.keras.layers
 
@@ -261,7 +261,7 @@ def gan_with_two_optimizers(kit):
     return Case(model, *data(), [first, second], optimizers=optimizers)
 
 
-@row()
+@case()
 def frozen_teacher_in_train_step(kit):
     (network, norms), (teacher, _) = stack(kit), stack(kit)
     teacher.trainable = False
@@ -288,29 +288,29 @@ def frozen_teacher_in_train_step(kit):
     return Case(compiled(kit, model), *data(), norms, still=teacher.weights)
 
 
-@row(kits=["tf_keras"])
-@row(replicas=1, kits=["keras3"])  # 3.15 itself overflows on two
+@case(kits=["tf_keras"])
+@case(replicas=1, kits=["keras3"])  # 3.15 itself overflows on two
 def mixed_float16(kit):
     optimizer = kit.keras.mixed_precision.LossScaleOptimizer(sgd(kit))
     return stacked(kit, optimizer, dtype="mixed_float16")
 
 
-@row()
+@case()
 def mixed_bfloat16(kit):
     return stacked(kit, dtype="mixed_bfloat16")
 
 
-@row()
+@case()
 def bfloat16(kit):
     return stacked(kit, dtype="bfloat16")
 
 
-@row()
+@case()
 def float16(kit):
     return stacked(kit, dtype="float16")
 
 
-@row()
+@case()
 def float64(kit):
     case = stacked(kit, dtype="float64")
     case.x, case.y = case.x.astype("float64"), case.y.astype("float64")
@@ -340,7 +340,7 @@ def with_a_weight(kit, dtype, use, shape=(3,)):
     return other, Case(model, *data(), [(tap, norm)])
 
 
-@row(replicas=0)
+@case(replicas=0)
 def complex64(kit):
     def filtered(inputs, spectrum):
         return tf.math.real(tf.signal.ifft(tf.signal.fft(tf.cast(inputs, "complex64")) * spectrum))
@@ -348,7 +348,7 @@ def complex64(kit):
     return with_a_weight(kit, "complex64", filtered)[-1]
 
 
-@row(replicas=0)
+@case(replicas=0)
 def a_counter_that_calls_itself_trainable(kit):
     other, case = with_a_weight(kit, "int32", lambda inputs, _: tf.identity(inputs))
     assert any(v is other.other for v in case.model.trainable_variables)
@@ -356,43 +356,43 @@ def a_counter_that_calls_itself_trainable(kit):
     return case
 
 
-@row(replicas=0)
+@case(replicas=0)
 def a_weight_without_entries(kit):
     return with_a_weight(kit, "float32", lambda inputs, _: tf.identity(inputs), shape=(0,))[-1]
 
 
 # Keras 3.15 itself puts the reduction over replicas into a `cond`; tf_keras 2.21 has no such thing.
-@row(replicas=0, kits=["keras3"])
+@case(replicas=0, kits=["keras3"])
 def gradient_accumulation(kit):
     return stacked(kit, sgd(kit, gradient_accumulation_steps=2))
 
 
-@row(replicas=0)
+@case(replicas=0)
 def clipnorm(kit):
     return stacked(kit, sgd(kit, clipnorm=0.1))
 
 
-@row(replicas=0)
+@case(replicas=0)
 def clipvalue(kit):
     return stacked(kit, sgd(kit, clipvalue=0.05))
 
 
-@row(replicas=0)
+@case(replicas=0)
 def global_clipnorm(kit):
     return stacked(kit, sgd(kit, global_clipnorm=0.1))
 
 
-@row(replicas=0)
+@case(replicas=0)
 def weight_decay(kit):
     return stacked(kit, sgd(kit, weight_decay=0.1))
 
 
-@row(replicas=0)
+@case(replicas=0)
 def adamw(kit):
     return stacked(kit, kit.keras.optimizers.AdamW(0.01, weight_decay=0.1))
 
 
-@row(replicas=0)
+@case(replicas=0)
 def unit_norm_and_regularizers(kit):
     dense = {
         "kernel_constraint": kit.keras.constraints.UnitNorm(),
@@ -402,32 +402,32 @@ def unit_norm_and_regularizers(kit):
     return stacked(kit, dense=dense)
 
 
-@row(replicas=0)
+@case(replicas=0)
 def non_negative(kit):
     return stacked(kit, dense={"kernel_constraint": kit.keras.constraints.NonNeg()})
 
 
-@row(replicas=0)
+@case(replicas=0)
 def eager(kit):
     return stacked(kit, run_eagerly=True)
 
 
-@row(replicas=0)
+@case(replicas=0)
 def steps_per_execution(kit):
     return stacked(kit, steps_per_execution=2)
 
 
-@row(replicas=0)
+@case(replicas=0)
 def xla(kit):
     layers = kit.keras.layers
     norm = layers.BatchNormalization()  # first: XLA has no host calls, and so no taps
     parts = [norm, layers.Dense(4, activation="tanh"), layers.Dense(1)]
     model = kit.keras.Sequential([layers.Input((3,)), *parts])
     x, y = data()
-    return Case(compiled(kit, model, jit_compile=True), x, y, [(rows(x), norm)])
+    return Case(compiled(kit, model, jit_compile=True), x, y, [(positions(x), norm)])
 
 
-@row()
+@case()
 def tied_embedding(kit):
     layers = kit.keras.layers
 
@@ -450,7 +450,7 @@ def tied_embedding(kit):
     return Case(compiled(kit, model, loss=loss), x, y, [(tap, norm)])
 
 
-@row(kits=["keras3"])
+@case(kits=["keras3"])
 def lora(kit):
     layers = kit.keras.layers
     dense, tap, norm = layers.Dense(4), kit.Tap(), layers.BatchNormalization()
@@ -459,7 +459,7 @@ def lora(kit):
     return Case(compiled(kit, model), *data(), [(tap, norm)], still=[dense._kernel])
 
 
-@row()
+@case()
 def own_low_rank_factors(kit):
     layers = kit.keras.layers
 
@@ -481,7 +481,7 @@ def own_low_rank_factors(kit):
     return Case(compiled(kit, model), *data(), [(tap, norm)], still=[adapted.kernel])
 
 
-@row()
+@case()
 def frozen_bn_alone(kit):
     layers = kit.keras.layers
     norm = layers.BatchNormalization(trainable=False)
@@ -491,7 +491,7 @@ def frozen_bn_alone(kit):
     return Case(compiled(kit, model), *data(), still=norm.weights)
 
 
-@row(replicas=0)
+@case(replicas=0)
 def large_embedding(kit):
     layers = kit.keras.layers
     parts = [layers.Embedding(20_000, 16), layers.Flatten(), layers.Dense(1)]
@@ -501,8 +501,8 @@ def large_embedding(kit):
     return Case(compiled(kit, model, optimizer), x, data()[1])
 
 
-@row(kits=["tf_keras"])
-@row(replicas=1, kits=["keras3"])  # 3.15 itself fails where replicas share such a tensor
+@case(kits=["tf_keras"])
+@case(replicas=1, kits=["keras3"])  # 3.15 itself fails where replicas share such a tensor
 def ragged_inputs(kit):
     layers = kit.keras.layers
 
@@ -521,8 +521,8 @@ def ragged_inputs(kit):
     return Case(compiled(kit, model), x, data()[1], [(tap, norm)])
 
 
-@row(kits=["tf_keras"])
-@row(replicas=1, kits=["keras3"])  # 3.15 itself fails where replicas share such a tensor
+@case(kits=["tf_keras"])
+@case(replicas=1, kits=["keras3"])  # 3.15 itself fails where replicas share such a tensor
 def sparse_inputs(kit):
     layers = kit.keras.layers
     tap, norm = kit.Tap(), layers.BatchNormalization()
@@ -554,7 +554,7 @@ def assert_within_one_ulp(actual, expected):
 
 
 def assert_statistics(kit, seen, norm):
-    seen = seen if isinstance(seen, np.ndarray) else seen.rows()
+    seen = seen if isinstance(seen, np.ndarray) else seen.positions()
     mean, variance = kit.statistics(norm)
     if mean.dtype.itemsize == 2:  # under Keras 3; tf_keras keeps them in float32
         assert_within_one_ulp(mean, seen.mean(0))
@@ -566,7 +566,7 @@ def assert_statistics(kit, seen, norm):
 
 @pytest.mark.exactness
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras's own, of unused weights
-@pytest.mark.parametrize(("kit", "build", "replicas"), ROWS, indirect=["kit"])
+@pytest.mark.parametrize(("kit", "build", "replicas"), CASES, indirect=["kit"])
 def test_any_model_that_keras_can_train(kit, build, replicas):
     strategy = mirrored(replicas) if replicas else tf.distribute.get_strategy()
     with strategy.scope():
@@ -598,7 +598,7 @@ def test_any_model_that_keras_can_train(kit, build, replicas):
     kit.assert_replicas_agree(model)
 
     before = kit.trainable(model)
-    model.fit(**fed)
+    model.fit(batched(case.x, case.y), shuffle=False, verbose=0)
     after = kit.trainable(model)
     assert all(np.isfinite(a.astype("complex128")).all() for a in after)
     assert any((a != b).any() for a, b in zip(after, before, strict=True))

@@ -6,7 +6,7 @@ import pytest
 from tests import fits
 from tests.conftest import mirrored
 from tests.fits import NO_STRATEGY
-from tests.kits import batched, rows
+from tests.kits import batched, positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -91,7 +91,7 @@ def test_it_is_averaged_from_the_first_epoch_on(kit, build, norm, replicas):
     kit.assert_replicas_agree(model)
     assert history["learning_rate"][-1] == (0 if norm else pytest.approx(0.05))
     if norm:
-        seen = rows(data()[0])
+        seen = positions(data()[0])
         layer = next(layer for layer in model.layers if hasattr(layer, "moving_mean"))
         mean, variance = kit.statistics(layer)
         assert_mean(mean, seen.mean(0), seen.std(0))
@@ -134,7 +134,7 @@ def test_layers_that_are_hidden_until_the_first_step_are_found_right_after_it(ki
     )
     assert_weights(kit.trainable(model), recorder.mean(1, 2))
     mean, _ = kit.statistics(model.layers[0].norm)
-    assert_mean(mean, rows(data()[0]).mean(0), rows(data()[0]).std(0))
+    assert_mean(mean, positions(data()[0]).mean(0), positions(data()[0]).std(0))
 
 
 @pytest.mark.filterwarnings(r"ignore:`build\(\)` was called")  # Keras 3's own, of the unused layer

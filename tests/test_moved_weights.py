@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from tests.conftest import mirrored
 from tests.fits import NO_STRATEGY, data
-from tests.kits import batched, rows
+from tests.kits import batched, positions
 from tests.tolerances import assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -98,7 +98,7 @@ def fit(kit, model):
 
 def variance_of(kit, model):
     kernel, bias = (kit.array(v).astype("float64") for v in model.layers[0].weights)
-    return (rows(data()[0]) @ kernel + bias).var(0)
+    return (positions(data()[0]) @ kernel + bias).var(0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from tests import FOREVER
 from tests.kits import KITS
 from tests.ports import kept_ports
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
-from tests.worker import EPOCHS, GENERATED, ROWS, SCENARIOS, SIZES, START, STEPS, rows_of
+from tests.worker import EPOCHS, GENERATED, SAMPLES, SCENARIOS, SIZES, START, STEPS, samples_of
 
 
 def run(root, directory, scenario, n_devices, workers=2):
@@ -72,7 +72,7 @@ def assert_one(workers, model_file, scenario, n_devices):
     first, second = workers
 
     # Both hold the same, bit by bit, on each replica.
-    own = ("rows",)
+    own = ("samples",)
     assert list(first) == list(second)
     for name in first:
         if not name.startswith(own):
@@ -95,15 +95,15 @@ def assert_one(workers, model_file, scenario, n_devices):
 
     # The statistics are those of the union of what the workers' replicas were fed.
     for i in range(2):
-        seen = np.concatenate([w[f"rows{i}"] for w in (first, second)]).astype(np.float64)
+        seen = np.concatenate([w[f"samples{i}"] for w in (first, second)]).astype(np.float64)
         assert_mean(first[f"mean{i}"][0], seen.mean(0), seen.std(0))
         assert_variance(first[f"variance{i}"][0], seen.var(0))
     fed = [
-        rows_of(i, n_devices * ((STEPS - 1) * SIZES[i] + min(lasts[i], SIZES[i])))[0]
+        samples_of(i, n_devices * ((STEPS - 1) * SIZES[i] + min(lasts[i], SIZES[i])))[0]
         for i in range(2)
     ]
     for worker, x in zip((first, second), fed, strict=True):
-        np.testing.assert_allclose(worker["rows0"].sum(0), x.sum(0), rtol=1e-5)
+        np.testing.assert_allclose(worker["samples0"].sum(0), x.sum(0), rtol=1e-5)
     assert first["inferred_batch_size"] == n_devices * sum(SIZES)
 
     history = json.loads(str(first["history"]))
@@ -115,21 +115,21 @@ def assert_one(workers, model_file, scenario, n_devices):
     for array, weight in zip(weights, saved.trainable_variables, strict=True):
         np.testing.assert_array_equal(array, weight.numpy())
     np.testing.assert_array_equal(first["variance0"][0], saved.layers[1].moving_variance.numpy())
-    x, y = rows_of(7, 16)
+    x, y = samples_of(7, 16)
     assert history["val_loss"][-1] == pytest.approx(saved.evaluate(x, y, verbose=0), rel=1e-5)
 
 
 def assert_pooled(workers, feed):
     """`update_bn` gave both workers the statistics of what all were fed."""
     first, second = workers
-    given = [rows_of(9, ROWS)[0]]
+    given = [samples_of(9, SAMPLES)[0]]
     if feed == "generator":
-        given = [rows_of(i, sum(sizes))[0] for i, sizes in enumerate(GENERATED)]
+        given = [samples_of(i, sum(sizes))[0] for i, sizes in enumerate(GENERATED)]
     given = np.concatenate(given).astype(np.float64)
     for i in range(2):
-        shares = [worker[f"rows{i}"].astype(np.float64) for worker in workers]
-        assert all(map(len, shares))
-        seen = np.concatenate(shares)
+        of_workers = [worker[f"samples{i}"].astype(np.float64) for worker in workers]
+        assert all(map(len, of_workers))
+        seen = np.concatenate(of_workers)
         if i == 0:
             assert_bitwise([np.sort(seen, 0)], [np.sort(given, 0)])
         for name in ("mean", "variance"):
@@ -137,7 +137,7 @@ def assert_pooled(workers, feed):
             assert_bitwise(first[f"{name}{i}"][:1], first[f"{name}{i}"][1:])
         assert_mean(first[f"mean{i}"][0], seen.mean(0), seen.std(0))
         assert_variance(first[f"variance{i}"][0], seen.var(0))
-    assert first["n_rows"] == second["n_rows"] == len(given)
+    assert first["n_samples"] == second["n_samples"] == len(given)
 
 
 @pytest.mark.exactness

@@ -4,16 +4,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.conftest import mirrored
+from tests.conftest import mirrored, tf_keras_only
 from tests.fits import NO_STRATEGY, at, data
-from tests.kits import KITS, batched, rows
+from tests.kits import KITS, batched, positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
 
 FIRST, OTHER = 0.08, 0.02
-
-tf_keras_only = pytest.mark.parametrize("kit", KITS[1:], indirect=True, ids=lambda kit: kit.name)
 
 
 def two_nets(kit, strategy=NO_STRATEGY, place=None, norm=True, use=("first", "other")):
@@ -149,7 +147,7 @@ def test_no_optimizer_updates_anything_in_the_bn_pass(kit, replicas):
     assert_bitwise(state(), states[2])
     mean = [np.mean(np.array(w, np.float64), 0) for w in zip(*weights[1:3], strict=True)]
     assert_weights(kit.trainable(model), mean)
-    seen, norm = rows(data()[0]), model.nets["first"].layers[0]
+    seen, norm = positions(data()[0]), model.nets["first"].layers[0]
     assert_mean(kit.statistics(norm)[0], seen.mean(0), seen.std(0))
     assert_variance(kit.statistics(norm)[1], seen.var(0))
 
@@ -370,4 +368,4 @@ def test_one_of_tensorflow_1_in_a_custom_training_step_updates_nothing(kit):
     model.fit(batched(*data()), epochs=4, verbose=0, shuffle=False, callbacks=[keep, kit.SWA(2)])
     mean = [np.mean(np.array(w, np.float64), 0) for w in zip(*weights[1:3], strict=True)]
     assert_weights(kit.trainable(model), mean)
-    assert_mean(kit.statistics(model.nets["first"].layers[0])[0], rows(data()[0]).mean(0), 1)
+    assert_mean(kit.statistics(model.nets["first"].layers[0])[0], positions(data()[0]).mean(0), 1)

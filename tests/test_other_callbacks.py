@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from tests.fits import NO_STRATEGY, data
-from tests.kits import KITS, batched, rows
+from tests.kits import KITS, batched, positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -60,7 +60,7 @@ def assert_average(kit, model, recorder, epochs=(2, 3, 4)):
 
 
 def assert_statistics(kit, model):
-    seen = rows(data()[0])
+    seen = positions(data()[0])
     mean, variance = kit.statistics(model.layers[0])
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))

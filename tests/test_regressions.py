@@ -21,7 +21,7 @@ from tests.fits import (
     poison,
     ran_out,
 )
-from tests.kits import rows
+from tests.kits import positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
 
 pytestmark = pytest.mark.usefixtures("unoptimized_graphs")
@@ -97,7 +97,7 @@ def block(kit, decorate):
 def test_a_layer_that_is_a_tf_function_is_observed(kit):
     model, norm = block(kit, "call")
     fit(kit, model, epochs=5)
-    seen = rows(data()[0])
+    seen = positions(data()[0])
     mean, variance = kit.statistics(norm)
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))
@@ -113,7 +113,7 @@ def test_a_tf_function_on_an_instance_is_seen_through(kit, of):
     function = getattr(owner, name)
     recorder, *_ = fit(kit, model, epochs=5)
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
-    seen = rows(data()[0])
+    seen = positions(data()[0])
     mean, variance = kit.statistics(norm_of(model))
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))
@@ -186,7 +186,7 @@ def test_a_pass_that_ends_within_one_execution_of_the_step(kit):
     rest = tf.data.Dataset.from_tensor_slices((x[:9], y[:9])).batch(3)
     fed = whole.concatenate(rest)
     recorder, *_ = fit(kit, model, epochs=5, fed=fed, steps_per_epoch=8)
-    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(x[:9]))
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=positions(x[:9]))
 
 
 def test_the_bn_pass_sees_all_of_a_growing_sequence(kit):
@@ -217,7 +217,7 @@ def test_the_bn_pass_sees_all_of_a_growing_sequence(kit):
     model.fit(Growing(), epochs=5, verbose=0, shuffle=False, callbacks=[count, recorder, swa])
     assert tap[-1] == (2 if kit.name == "keras3" else 6)  # Keras 3 keeps the first length
     assert_bitwise(kit.optimizer_state(model.optimizer), recorder.states[3])
-    assert_exact(kit, model, recorder, [2, 3, 4], seen=rows(data()[0][: 4 * tap[-1]]))
+    assert_exact(kit, model, recorder, [2, 3, 4], seen=positions(data()[0][: 4 * tap[-1]]))
 
 
 def test_fits_in_several_threads_do_not_meet(kit):

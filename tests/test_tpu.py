@@ -8,7 +8,7 @@ from swa_dist.averaging.bn_average import BatchNormAverage
 from swa_dist.distribution import is_chief
 from swa_dist.resume.checkpoints import Checkpoints
 from tests.fits import at, build, data, fit, norm_of, stop
-from tests.kits import rows
+from tests.kits import positions
 from tests.test_batch_norm import assert_exact, deal, layer, run, skewed
 from tests.test_weight_average import average_of, copies, mirrored_variables
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance, assert_weights
@@ -96,7 +96,7 @@ def test_statistics_of_positions_are_pooled(strategy, size):
     x = skewed(128, 5)
     with strategy.scope():
         norm = layer([5])
-    assert_exact(run(strategy, norm, deal(x, strategy.num_replicas_in_sync, size)), rows(x))
+    assert_exact(run(strategy, norm, deal(x, strategy.num_replicas_in_sync, size)), positions(x))
 
 
 def test_statistics_of_snapshots_are_averaged(strategy):
@@ -134,7 +134,7 @@ def test_a_whole_fit(kit, unpacked, ending):
     assert len(history["loss"]) == 5
     assert swa.inferred_batch_size == 8
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
-    seen = rows(data()[0])
+    seen = positions(data()[0])
     mean, variance = kit.statistics(norm_of(model))
     assert_mean(mean, seen.mean(0), seen.std(0))
     assert_variance(variance, seen.var(0))

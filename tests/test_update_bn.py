@@ -15,7 +15,7 @@ from swa_dist.batch_norm import hooks
 from swa_dist.batch_norm.statistics import BatchNormStatistics
 from tests.conftest import mirrored, with_renorm
 from tests.devices import devices
-from tests.kits import rows
+from tests.kits import positions
 from tests.tolerances import assert_bitwise, assert_mean, assert_variance
 
 NO_STRATEGY = tf.distribute.get_strategy()
@@ -151,7 +151,7 @@ def test_any_kind_of_data_with_and_without_targets(kit, feed):
         data, arguments = feed(kit, strategy, parts)
         assert infer_batch_size(data, arguments.get("batch_size")) in (BATCH, 32, None)
         assert update_bn(model, data, **arguments) == 38
-        assert_statistics(kit, model.layers[0], rows(X))
+        assert_statistics(kit, model.layers[0], positions(X))
         kit.assert_replicas_agree(model)
 
 
@@ -161,7 +161,7 @@ def test_one_answer_however_the_data_is_cut(kit, strategy):
     for size in (1, 2, 7, 32, 38):
         shift(kit, model)
         assert update_bn(model, X, batch_size=size) == 38
-        assert_statistics(kit, model.layers[0], rows(X))
+        assert_statistics(kit, model.layers[0], positions(X))
         kit.assert_replicas_agree(model)
 
 
@@ -169,7 +169,7 @@ def test_replicas_and_batches_without_samples(kit, four_replicas):
     model = build(kit, four_replicas, norms=1)
     fed = np.split(X, np.cumsum([0, 1, 0, 5, 3]))
     assert update_bn(model, iter(fed)) == 38
-    assert_statistics(kit, model.layers[0], rows(X))
+    assert_statistics(kit, model.layers[0], positions(X))
     kit.assert_replicas_agree(model)
     assert all(np.isfinite(copy).all() for copy in copies(kit, model))
 
@@ -218,7 +218,7 @@ def test_layers_that_do_not_train_keep_what_they_have(kit, two_replicas):
     mean, variance = (s.astype("float64") for s in kit.statistics(frozen))
     update_bn(model, X, batch_size=38)
     assert_bitwise([copy for v in frozen.weights for copy in kit.replicas(v)], before)
-    seen = np.maximum((rows(X) - mean) / np.sqrt(variance + frozen.epsilon), 0)
+    seen = np.maximum((positions(X) - mean) / np.sqrt(variance + frozen.epsilon), 0)
     for actual, expected in zip(kit.statistics(nested), (seen.mean(0), seen.var(0)), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-5)
     assert not np.array_equal(kit.array(live.moving_mean), kit.array(frozen.moving_mean))
@@ -248,7 +248,7 @@ def test_several_inputs(kit, two_replicas, structure):
         shift(kit, model)
         assert update_bn(model, data) == 38
         for norm, seen in zip(norms, (X, Y), strict=True):
-            assert_statistics(kit, norm, rows(seen))
+            assert_statistics(kit, norm, positions(seen))
 
 
 class Loader:
@@ -342,7 +342,7 @@ def test_a_batch_is_what_it_is_to_fit(kit, kind, batch, monkeypatch):
     shift(kit, model)
     assert_bitwise(record(lambda: update_bn(model, data())), seen)
     for norm, inputs in zip(norms, seen, strict=True):
-        assert_statistics(kit, norm, rows(inputs))
+        assert_statistics(kit, norm, positions(inputs))
     if not fit_refuses(kit, kind, batch):
         model.compile("sgd", run_eagerly=True)
         fit = functools.partial(model.fit, shuffle=False, steps_per_epoch=2, verbose=0)
@@ -381,7 +381,7 @@ def test_an_optional_input_may_be_missing(kit, two_replicas):
     for data in (([X, None], Y), iter([[(X, None), Y]]), pairs):
         shift(kit, model)
         assert update_bn(model, data) == 38
-        assert_statistics(kit, model.norm, rows(X))
+        assert_statistics(kit, model.norm, positions(X))
 
 
 class Series:
@@ -400,7 +400,7 @@ def test_a_pandas_series_is_a_column(kit, two_replicas):
         model = kit.keras.Sequential([layers.Input((1,)), layers.BatchNormalization()])
     column = X.reshape(len(X), -1)[:, 0]
     assert update_bn(model, Series(column)) == len(X)
-    assert_statistics(kit, model.layers[-1], rows(column[:, None]))
+    assert_statistics(kit, model.layers[-1], positions(column[:, None]))
 
 
 def test_text(kit):
@@ -417,7 +417,7 @@ def test_text(kit):
     for data in (text, iter([text[:1], text[1:]])):
         shift(kit, model)
         assert update_bn(model, data, batch_size=2 if data is text else None) == 3
-        assert_statistics(kit, model.layers[-1], rows(embedded))
+        assert_statistics(kit, model.layers[-1], positions(embedded))
 
 
 def test_one_sample(kit, two_replicas):
@@ -439,7 +439,7 @@ def test_masked_positions_do_not_count(kit, two_replicas):
     x[2:5, 1:] = -1
     x[6] = -1
     assert update_bn(model, x, batch_size=3) == 7
-    assert_statistics(kit, norm, rows(x)[(x != -1).any(-1).ravel()])
+    assert_statistics(kit, norm, positions(x)[(x != -1).any(-1).ravel()])
 
 
 @with_renorm
@@ -450,7 +450,7 @@ def test_renorm_layers_normalize_plainly(kit):
     model, (first, second) = functional(kit, NO_STRATEGY, (3,), make, make)
     first.moving_mean.assign([100.0, 100, 100])
     update_bn(model, X, batch_size=38)
-    x = rows(X)
+    x = positions(X)
     assert_statistics(kit, first, x)
     assert_mean(kit.array(first.renorm_mean), x.mean(0), x.std(0))
     np.testing.assert_allclose(kit.array(second.moving_mean), 0, atol=1e-5)
@@ -487,7 +487,7 @@ def test_a_subclassed_model_with_control_flow_and_a_traced_call(kit):
     model(X)
     model(X, training=True)  # traced, unobserved
     assert update_bn(model, X, batch_size=38) == 38
-    assert_statistics(kit, model.inner.norm, rows(X))
+    assert_statistics(kit, model.inner.norm, positions(X))
 
 
 def test_each_shape_is_traced_once_and_variable_ones_twice(kit, two_replicas):
@@ -516,11 +516,11 @@ def test_a_generator_may_use_its_buffer_and_its_model_again(kit, two_replicas):
         buffer = np.zeros((19, 3), "float32")
         for i in (0, 19):
             buffer[:] = X[i : i + 19]
-            model(1000 * buffer, training=True)  # no row of the pass
+            model(1000 * buffer, training=True)  # no position of the pass
             yield buffer
 
     assert update_bn(model, reused()) == 38
-    assert_statistics(kit, model.layers[0], rows(X))
+    assert_statistics(kit, model.layers[0], positions(X))
 
 
 class AccidentError(Exception):
@@ -583,7 +583,7 @@ EMPTY = {
     "generator": lambda: iter(()),
     "dataset": lambda: dataset((X,)).take(0),
     "arrays": lambda: X[:0],
-    "batches without rows": lambda: iter([X[:0], X[:0]]),
+    "batches without samples": lambda: iter([X[:0], X[:0]]),
     "peekable": lambda: peekable(()),
 }
 
@@ -601,7 +601,7 @@ def test_no_data_is_an_error_and_changes_nothing(kit, two_replicas, data):
 def test_steps_take_no_more_than_they_say(kit):
     model = build(kit)
     assert update_bn(model, X, batch_size=8, steps=2) == 16
-    assert_statistics(kit, model.layers[0], rows(X[:16]))
+    assert_statistics(kit, model.layers[0], positions(X[:16]))
     fed = batches((X,))
     assert update_bn(model, fed, steps=1) == 8
     assert len(list(fed)) == 4

@@ -3,7 +3,7 @@
 import numpy as np
 
 # The project's promise: 1e-6 relative. A float32 holds 6e-8, so there is room for the roundings of
-# a sum of a few dozen terms, and none for a wrong weight, a lost row or a divisor n - 1.
+# a sum of a few dozen terms, and none for a wrong weight, a lost position or a divisor n - 1.
 RELATIVE = 1e-6
 
 # The average's own promise for some 500 updates: a float32 mean is rounded with each of them.

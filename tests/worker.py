@@ -18,10 +18,10 @@ from tensorflow.python.distribute.collective_all_reduce_strategy import Collecti
 from swa_dist import update_bn
 
 STEPS, EPOCHS, START = 3, 6, 2
-SIZES = [8, 5]  # rows of a replica's batches, by worker
+SIZES = [8, 5]  # samples of a replica's batches, by worker
 
 SCENARIOS = {
-    # rows of the last batch of an epoch; epoch at whose end training is stopped
+    # samples of the last batch of an epoch; epoch at whose end training is stopped
     "even": ([8, 8], None),
     "uneven": ([6, 1], None),
     "stopped": ([6, 1], 4),
@@ -30,12 +30,12 @@ SCENARIOS = {
 }
 
 
-# What `update_bn` is given: a dataset of all workers, of which each gets its share; and for each
+# What `update_bn` is given: a dataset of all workers, of which each gets its part; and for each
 # worker a generator of its own, as long as it likes.
-ROWS, GENERATED = 38, [[5, 4, 3], [7, 1]]
+SAMPLES, GENERATED = 38, [[5, 4, 3], [7, 1]]
 
 
-def rows_of(index, n):
+def samples_of(index, n):
     rng = np.random.default_rng(index)
     x = (rng.normal(size=(n, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
     return x, rng.normal(size=(n, 1)).astype("float32")
@@ -72,7 +72,7 @@ def main(directory, scenario, n_devices):
         )
         model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", jit_compile=False)
 
-    class Company(keras.callbacks.Callback):
+    class OtherCallback(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             last = (stop or EPOCHS - 1) if scenario != "dies" else None
             for tap in taps:
@@ -92,7 +92,7 @@ def main(directory, scenario, n_devices):
     sizes = [SIZES[index]] * (STEPS - 1) + [min(lasts[index], SIZES[index])]
 
     def dataset(context):
-        x, y = rows_of(index, sum(sizes) * n_devices)
+        x, y = samples_of(index, sum(sizes) * n_devices)
 
         def batches():
             at = 0
@@ -113,8 +113,8 @@ def main(directory, scenario, n_devices):
             traceback.print_exc()
             os._exit(1)  # TensorFlow 2.16 would wait for the other worker
         return
-    validation = tf.data.Dataset.from_tensor_slices(rows_of(7, 16)).batch(8)
-    callbacks = [Company(), recorder, swa]
+    validation = tf.data.Dataset.from_tensor_slices(samples_of(7, 16)).batch(8)
+    callbacks = [OtherCallback(), recorder, swa]
     if scenario in ("dies", "resumed"):
         callbacks += [keras.callbacks.BackupAndRestore(str(directory / "model"))]
     history = model.fit(
@@ -132,7 +132,7 @@ def main(directory, scenario, n_devices):
         n_averaged=swa.n_averaged,
         inferred_batch_size=swa.inferred_batch_size,
         rate=kit.rate(model),
-        **{f"rows{i}": np.concatenate(tap.seen) for i, tap in enumerate(taps)},
+        **{f"samples{i}": np.concatenate(tap.seen) for i, tap in enumerate(taps)},
         **{f"weights{i}": w for i, w in enumerate(kit.trainable(model))},
         **{
             f"snapshot{e}_{i}": w
@@ -147,8 +147,8 @@ def main(directory, scenario, n_devices):
 
 def update(kit, model, taps, norms, index, directory):
     """Recompute the statistics, and write down of what they are."""
-    x, y = rows_of(9, ROWS)
-    own = np.split(rows_of(index, sum(GENERATED[index]))[0], np.cumsum(GENERATED[index])[:-1])
+    x, y = samples_of(9, SAMPLES)
+    own = np.split(samples_of(index, sum(GENERATED[index]))[0], np.cumsum(GENERATED[index])[:-1])
     feeds = {
         "arrays": ((x, y), {"batch_size": 8}),
         "dataset": (tf.data.Dataset.from_tensor_slices((x, y)).batch(8), {}),
@@ -159,8 +159,8 @@ def update(kit, model, taps, norms, index, directory):
             tap.seen.clear()
         np.savez(
             directory / f"{name}-{index}.npz",
-            n_rows=update_bn(model, data, **arguments),
-            **{f"rows{i}": np.concatenate(tap.seen) for i, tap in enumerate(taps)},
+            n_samples=update_bn(model, data, **arguments),
+            **{f"samples{i}": np.concatenate(tap.seen) for i, tap in enumerate(taps)},
             **statistics(kit, norms),
         )
 
