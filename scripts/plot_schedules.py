@@ -3,7 +3,7 @@
     python scripts/plot_schedules.py
     python scripts/plot_schedules.py --epochs 30 --start-epoch 21 --swa-freq 2
 
-It needs matplotlib (`pip install swa-dist[demo]`). It prints each schedule's plan, too.
+It needs matplotlib (`pip install matplotlib`). It prints each schedule's plan, too.
 """
 
 import argparse

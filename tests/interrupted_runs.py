@@ -68,7 +68,7 @@ def points(kit, scenario, generator):
     ]
     possible += itertools.product([EPOCHS - 1], AT_THE_END)
     if scenario.swa_first:
-        # Where BackupAndRestore still has its files and SWA none: the README's limit.
+        # Where BackupAndRestore still has its files and SWA none: the guide's exception.
         possible.remove((EPOCHS - 1, "train end 1"))
     numbers = range(len(possible))
     # One of them while the average is in the model, if it ever is.

@@ -1,5 +1,7 @@
-"""What READMEs show, run as it stands."""
+"""What the documents and docstrings show, run as it stands, and what they say twice."""
 
+import doctest
+import inspect
 import itertools
 import os
 import re
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import swa_dist
 from tests import FOREVER
+from tests.kits import KITS
 from tests.tolerances import assert_mean, assert_variance, assert_weights
 
 # The two examples of keras-swa's README, with only the imports brought up to date.
@@ -83,48 +87,183 @@ def test_the_examples_of_keras_swa_run(kit, schedule, capsys):
         assert rates[74:78] == pytest.approx([0.007 / 3, 0.005 / 3, 0.001, 0.007 / 3])
 
 
-@pytest.mark.parametrize("legacy", ["0", "1"])
-def test_the_readmes_example_runs(legacy, pytestconfig):
-    example = readme_blocks(pytestconfig.rootpath)[0]
-    check = f"""
-assert keras.Model.__module__.startswith({"keras." if legacy == "0" else "tf_keras."!r})
+README, GUIDE = "README.md", "swa_dist/GUIDE.md"
+
+
+@pytest.fixture
+def blocks(pytestconfig):
+    """Return the Python blocks of a document."""
+
+    def of(document):
+        text = (pytestconfig.rootpath / document).read_text()
+        return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+    return of
+
+
+CHECKS = {
+    # After the README's first block, which runs again before the guide's.
+    "swa = SWA(start_epoch=15, lr_schedule=": """
+assert keras.Model.__module__.startswith("{package}.")
 assert swa.n_averaged == 5
+assert model.history.history["learning_rate"][-1] == 0
 assert len(model.history.history["learning_rate"]) == 20
-"""
+""",
+    "CSVLogger": """
+assert "learning_rate" in open("log.csv").readline()
+""",
+    "save_best_only": """
+assert keras.models.load_model("best.keras").count_params() == model.count_params()
+""",
+    "def fit(self, hp": """
+for epochs in (3, 4):
+    fit(None, None, model, data, epochs=epochs, verbose=0)
+    assert ("learning_rate" in model.history.history) == (epochs == 4)
+""",
+}
+
+
+@pytest.mark.parametrize("legacy", ["0", "1"])
+def test_the_blocks_of_readme_and_guide_run_one_after_another(
+    legacy, blocks, pytestconfig, tmp_path
+):
+    package = "tf_keras" if legacy == "1" else "keras"
+    first, *others = blocks(README)
+    program = "import tests\n"  # its settings
+    for block in (first, *others, first, *blocks(GUIDE)):
+        checks = [check for text, check in CHECKS.items() if text in block]
+        program += block + "".join(checks).replace("{package}", package)
+    assert all(text in program for text in CHECKS)
     result = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning:swa_dist", "-c", example + check],
-        env={**os.environ, "TF_USE_LEGACY_KERAS": legacy},
+        [sys.executable, "-W", "error::UserWarning:swa_dist", "-c", program],
+        env={
+            **os.environ,
+            "TF_USE_LEGACY_KERAS": legacy,
+            "PYTHONPATH": str(pytestconfig.rootpath),
+        },
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=FOREVER,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
+    assert "SWAWarning" not in result.stderr
     assert "Epoch 00020: running forward pass to adjust batch normalization" in result.stdout
 
 
-def readme_blocks(root):
-    return re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
-
-
-def test_the_readmes_plan_is_what_it_prints(kit, pytestconfig, capsys):
-    example = next(b for b in readme_blocks(pytestconfig.rootpath) if ".plan(" in b)
-    exec(example, {"SWA": kit.SWA})
-    readme = (pytestconfig.rootpath / "README.md").read_text()
+def test_the_readmes_plan_is_what_it_prints(blocks, pytestconfig, capsys):
+    example = next(b for b in blocks(README) if ".plan(" in b)
+    exec(example, {"SWA": KITS[0].SWA})
+    readme = (pytestconfig.rootpath / README).read_text()
     shown = "".join(f"    {line}\n" for line in capsys.readouterr().out.splitlines())
     assert shown in readme
 
 
-def test_the_loop_of_ones_own(kit, pytestconfig, two_replicas):
-    (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "GradientTape" in b)
+def test_the_readme_shows_all_arguments_with_their_defaults(blocks):
+    (example,) = (b for b in blocks(README) if "bn_steps" in b)
+    shown = {}
+    exec(example, {"SWA": shown.update})
+    expected = inspect.signature(KITS[0].SWA).parameters
+    assert [*shown] == [*expected]
+    assert [*shown.values()][1:] == [p.default for p in expected.values()][1:]
+
+
+def test_the_readmes_versions_are_those_of_the_test_command(pytestconfig):
+    command = (pytestconfig.rootpath / "scripts" / "test").read_text()
+    pins = [dict(re.findall(r"(\w+)==(\S+)", line)) for line in re.findall(r'"(t.*==.*)"', command)]
+    readme = (pytestconfig.rootpath / README).read_text()
+    versions = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", readme, re.MULTILINE)
+    (_, newest, _), *older = versions
+    names = ("tensorflow", "keras", "tf_keras")
+    assert [dict(zip(names, row, strict=True)) for row in older] == [
+        {"keras": newest, **row} for row in pins
+    ]
+
+
+def test_links_lead_somewhere(pytestconfig):
+    documents = [README, GUIDE, "swa_dist/README.md", "scripts/results/README.md"]
+    for document in [*documents, ".github/CONTRIBUTING.md", "CHANGELOG.md"]:
+        path = pytestconfig.rootpath / document
+        for file, anchor in re.findall(r"\]\((?!https:)([^)#]*)#?([^)]*)\)", path.read_text()):
+            target = path.parent / file if file else path
+            assert target.exists(), (document, file)
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in headings]
+                assert anchor in anchors, (document, anchor)
+
+
+def test_the_readme_is_short_and_has_no_pictures(pytestconfig):
+    readme = (pytestconfig.rootpath / README).read_text()
+    assert len(readme.splitlines()) <= 200
+    assert "![" not in readme  # the package index would not find them
+
+
+class Shown(doctest.OutputChecker):
+    """Compares the end of what an example prints, where it shows that: not progress bars."""
+
+    def check_output(self, want, got, optionflags):
+        return got.endswith(want)
+
+
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
+def test_the_examples_of_docstrings(kit, two_replicas, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # Strategies of several sizes in one process would abort each other.
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda: two_replicas)
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(8)
+
+    def build_model():
+        layers = kit.keras.layers
+        return kit.keras.Sequential(
+            [layers.Input((3,)), layers.BatchNormalization(), layers.Dense(1)]
+        )
+
+    with two_replicas.scope():
+        model = build_model()
+        model.compile("sgd", "mse")
+    untrained = build_model()
+    untrained.save_weights("averaged.weights.h5")
+
+    def stop(epoch, logs):
+        raise KeyboardInterrupt
+
+    interrupted = kit.SWA(1)
+    stopping = kit.keras.callbacks.LambdaCallback(on_epoch_end=stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(data, epochs=3, callbacks=[interrupted, stopping], verbose=0)
+    public = {
+        name: getattr(swa_dist, name)
+        for name in swa_dist.__all__
+        if name not in ("SWA", "SWAWarning", "__version__")
+    }
+    names = public | {"np": np, "tf": tf, "SWA": kit.SWA, "swa": interrupted, "model": model}
+    names |= {"build_model": build_model, "strategy": two_replicas}
+    names |= {"data": data, "test_data": data, "x_train": np.zeros((60_000, 3), "float32")}
+    names |= {"train_step": lambda batch: None, "validate": lambda model: None}
+    finder, runner = doctest.DocTestFinder(recurse=False), doctest.DocTestRunner(Shown())
+    methods = {f"SWA.{name}": getattr(kit.SWA, name) for name in ("plan", "averaged_weights")}
+    for name, described in {**public, "SWA": kit.SWA, **methods}.items():
+        # tf_keras does not load weights into a model that was trained under a strategy.
+        its_names = names | {"model": untrained} if name == "update_bn" else names
+        (example,) = finder.find(described, name, module=False, globs=its_names)
+        assert example.examples, name
+        printed = []
+        assert runner.run(example, out=printed.append).failed == 0, "".join(printed)
+
+
+def test_the_custom_training_loop(kit, blocks, two_replicas):
+    (example,) = (b for b in blocks(GUIDE) if "GradientTape" in b)
     rng, layers = np.random.default_rng(0), kit.keras.layers
     x = rng.normal(size=(240, 3)).astype("float32") * 3 + 1
     with two_replicas.scope():
         model = kit.keras.Sequential(
             [layers.Input((3,)), layers.BatchNormalization(), layers.Dense(1)]
         )
-        optimizer = kit.keras.optimizers.SGD(0.05)
-        optimizer.build(model.trainable_variables)
+        model.compile(kit.keras.optimizers.SGD(0.05))
+        model.optimizer.build(model.trainable_variables)
     snapshots = []
 
     class Data:
@@ -141,9 +280,9 @@ def test_the_loop_of_ones_own(kit, pytestconfig, two_replicas):
         run = staticmethod(two_replicas.run)
         experimental_distribute_dataset = staticmethod(lambda data: Data())
 
-    data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(8)
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, 0])).batch(8)
     distributed = two_replicas.experimental_distribute_dataset(data)
-    names = {"model": model, "optimizer": optimizer, "strategy": Strategy, "data": data}
+    names = {"tf": tf, "model": model, "strategy": Strategy, "data": data}
     exec(example, names)
     assert names["average"].n_averaged == len(snapshots) == 3
     expected = [np.mean(np.float64(ws), 0) for ws in zip(*snapshots, strict=True)]
@@ -155,10 +294,10 @@ def test_the_loop_of_ones_own(kit, pytestconfig, two_replicas):
 
 
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
-def test_the_lines_that_resume_an_interrupted_run(kit, pytestconfig, tmp_path, monkeypatch):
-    """Ended by its data in epoch 50, and run again."""
+def test_the_lines_that_resume_an_interrupted_run(kit, blocks, tmp_path, monkeypatch):
+    """Ended by its data in epoch 17, and run again."""
     monkeypatch.chdir(tmp_path)
-    (example,) = (b for b in readme_blocks(pytestconfig.rootpath) if "BackupAndRestore" in b)
+    (example,) = (b for b in blocks(README) if "BackupAndRestore" in b)
     assert len(example.splitlines()) == 5  # the model's line is not ours
     x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
     epochs = itertools.count(1)
@@ -180,16 +319,16 @@ def test_the_lines_that_resume_an_interrupted_run(kit, pytestconfig, tmp_path, m
         return names["callbacks"][1], model
 
     with pytest.raises(Exception, match="the machine goes away"):
-        run(50)
+        run(17)
     swa, model = run(None)
-    assert swa.n_averaged == 15
-    assert len(model.history.history["loss"]) == 60 - 49
+    assert swa.n_averaged == 5
+    assert len(model.history.history["loss"]) == 20 - 16
     assert not list((tmp_path / "backup").glob("swa*"))
 
 
-def test_the_kaggle_kernel_runs_and_is_what_the_readme_shows(pytestconfig, tmp_path):
+def test_the_kaggle_kernel_runs_and_is_what_the_guide_shows(blocks, pytestconfig, tmp_path):
     kernel = (pytestconfig.rootpath / "scripts" / "kaggle_kernel.py").read_text()
-    (shown,) = (b for b in readme_blocks(pytestconfig.rootpath) if "find_strategy" in b)
+    (shown,) = (b for b in blocks(GUIDE) if "find_strategy" in b)
     assert shown in kernel
     shorter = kernel.replace("EPOCHS, START, BATCH = 20, 15, 16", "EPOCHS, START, BATCH = 3, 1, 16")
     assert shorter != kernel
