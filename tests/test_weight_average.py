@@ -177,6 +177,30 @@ def test_many_instances_cause_no_retracing_warning(caplog):
     assert "retracing" not in caplog.text
 
 
+@pytest.mark.parametrize("name", ["update", "copy_to_model"])
+def test_where_assertions_are_ignored_the_average_in_the_model_comes_to_no_harm(
+    two_replicas, monkeypatch, name
+):
+    """As on TPUs, in a graph that was traced before the swap."""
+    monkeypatch.setattr(tf.debugging, "Assert", lambda *arguments: tf.no_op())
+    variables = mirrored_variables(two_replicas, ["float32", "bfloat16", "float64", "float32"])
+    average = average_of(variables, two_replicas)
+    traced = tf.function(lambda: getattr(average, name)())
+    for value in (1, 2):
+        for v in variables:
+            v.assign(tf.fill(v.shape, tf.cast(value, v.dtype)))
+        average.update()
+    traced()
+    for v in variables:
+        v.assign(tf.fill(v.shape, tf.cast(5, v.dtype)))
+    average.swap()
+    held = [*variables, *average.buffers, average.count]
+    before = copies(two_replicas, held)
+    traced()
+    for ours, theirs in zip(copies(two_replicas, held), before, strict=True):
+        assert_bitwise(ours, theirs)
+
+
 def test_buffers_are_freed_with_the_average():
     strategy = tf.distribute.get_strategy()
     average = average_of(mirrored_variables(strategy, ["float32"] * 4), strategy)

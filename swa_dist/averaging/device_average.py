@@ -126,13 +126,19 @@ class DeviceAverage(tf.Module):
     def _copy_replica(self) -> None:
         own = self._own_weights.assertion("`copy_to_model` must be called")
         with tf.control_dependencies([own]):
-            divisor = _cast_once(LocalCopy(self.divisor).read())
+            has_own_weights = LocalCopy(self._own_weights.flag).read()
+        groups, terms = self._local_groups(), LocalCopy(self.divisor).read()
+
+        def copy() -> None:
+            divisor = _cast_once(terms)
             _one_by_one(
-                self._local_groups(),
+                groups,
                 lambda group: group.assign_weights(
                     group.buffer.read() / divisor(group.buffer.dtype)
                 ),
             )
+
+        tf.cond(has_own_weights, copy, lambda: None)  # TPUs ignore assertions
 
     def _normalize_replica(self) -> None:
         groups, divisor = self._local_groups(), LocalCopy(self.divisor)
