@@ -9,8 +9,9 @@ from scripts.bench.clock import Times, alternate
 OURS, OURS_LATER, KERAS_SWA, LIMIT = "ours", "ours, later", "keras-swa", "limit"
 NOTHING, LOOK, ADD = "nothing", "look", "add"
 
-# The average's buffers are sums for that many snapshots; warming up takes some of them.
-_SUMS, _WARM_UP = 32, 3
+# The average's buffers are sums for that many snapshots. Warming up takes some of them: the first
+# updates run without a graph.
+_SUMS, _WARM_UP = 32, 10
 ROUNDS = _SUMS - _WARM_UP
 _HUNDREDS = 200  # updates between the first ones and the later ones that are timed
 

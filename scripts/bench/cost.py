@@ -259,8 +259,9 @@ def done_once(page: Page) -> None:
         for n in (1,) if page.quick else (1, 2, 4):
             found = isolated.call(once.of_resnet50, n, replicas=n, legacy=legacy)
             shares = {part: found[part] / found["training"] for part in goals}
-            cells = [f"{s(found[part])}: {report.digits(shares[part])}" for part in goals]
-            rows.append([version, str(n), s(found["training"]), *cells])
+            seconds = {part: f"{report.digits(found[part])} s" for part in found}
+            cells = [f"{seconds[part]}: {report.digits(shares[part])}" for part in goals]
+            rows.append([version, str(n), seconds["training"], *cells])
             for part, goal in goals.items():
                 page.aim(
                     f"{called[part]} / first training step, ResNet-50, {version}, {n} replicas",

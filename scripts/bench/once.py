@@ -1,5 +1,6 @@
 """What SWA does once in a `fit`, traces above all, beside what `fit` itself does once."""
 
+import gc
 import time
 from typing import Any
 
@@ -62,4 +63,7 @@ def _fit(model: Any, epochs: int, steps: int, callbacks: list[Any]) -> None:
         )
     batch = tf.random.normal([BATCH, *model.input_shape[1:]]), tf.zeros([BATCH], tf.int32)
     data = tf.data.Dataset.from_tensors(batch).cache().repeat(steps)
+    # Python would else look through all that was built before, at times of its own.
+    gc.collect()
+    gc.freeze()
     model.fit(data, epochs=epochs, verbose=0, callbacks=callbacks)
