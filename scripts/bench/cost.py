@@ -175,7 +175,7 @@ def bn_pass(page: Page) -> None:
     page.add(
         "## The BN pass",
         "Steps of two epochs of one `fit`, without the first, traced one; of the demo's network, "
-        "three fits. What comes at the end, once, is the pooling, which is traced, too.",
+        "three fits. What comes at the end, once, is the pooling.",
         report.table([*header, "at the end"], rows),
     )
 
@@ -267,7 +267,8 @@ def done_once(page: Page) -> None:
                     f"{called[part]} / first training step, ResNet-50, {version}, {n} replicas",
                     shares[part],
                     goal,
-                    "see below",
+                    "half of it are the buffers' variables and what a process does for the first "
+                    "time",
                 )
     page.add(
         "## What is done once",
@@ -299,7 +300,7 @@ def short_fit(page: Page) -> None:
             f"whole `fit` of MobileNetV2, {replicas} replicas, from the first step, {version}",
             more.median,
             1.6,
-            "see below",
+            "the trace of the BN pass, and what is done once",
         )
     page.add(
         "## A short `fit` from its first step",
