@@ -15,6 +15,7 @@ Communicating = Generator[list[tf.Tensor], list[tf.Tensor], T]
 
 # To trace and optimize a graph takes as long as some fifty calls without one, and `fit` makes few.
 EAGER_CALLS = 8
+_IN_ONE_PROCESS = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
 
 
 class ReplicaFunction:
@@ -132,8 +133,7 @@ def _can_run_eagerly(strategy: tf.distribute.Strategy) -> bool:
     """Return whether replicas can run here one after the other, without a graph."""
     if not tf.executing_eagerly():
         return False
-    one_process = (tf.distribute.MirroredStrategy, tf.distribute.OneDeviceStrategy)
-    return isinstance(strategy, one_process) or not _has_replicas(strategy)
+    return isinstance(strategy, _IN_ONE_PROCESS) or not _has_replicas(strategy)
 
 
 def _has_replicas(strategy: tf.distribute.Strategy) -> bool:
