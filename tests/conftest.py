@@ -1,55 +1,44 @@
-"""Virtual devices, before anything else uses TensorFlow; and the two Kerases as fixtures."""
+"""Virtual devices, before anything else uses TensorFlow; and the fixtures of all rooms."""
 
-import gc
 from collections.abc import Iterator
 
 import pytest
 import tensorflow as tf
 
-from tests import devices
-from tests.devices import mirrored
-from tests.kits import KITS, Kit
-
-# Keras keeps a graph of each model alive. To look through them all again and again for garbage
-# would take as long as the tests: the fixture `kit` does it, and only through what is new.
-gc.disable()
+from tests.helpers import devices, settings
+from tests.helpers.devices import mirrored
+from tests.helpers.kit import KITS, Kit
 
 devices.set_up()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    for marker in (
+        "exactness: what must be exact everywhere; the short run for older versions",
+        "optimized_graphs: with TensorFlow's graph optimization, as users have it",
+    ):
+        config.addinivalue_line("markers", marker)
+
+
+@pytest.fixture(autouse=True)
+def graph_optimization(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Graphs as users have them, where exactness is tested."""
+    markers = ("exactness", "optimized_graphs")
+    if not any(request.node.get_closest_marker(name) for name in markers):
+        yield
+        return
+    with settings.optimized_graphs():
+        yield
+
+
 @pytest.fixture(params=KITS, ids=lambda kit: kit.name)
 def kit(request: pytest.FixtureRequest) -> Kit:
-    """One Keras after the other."""
+    """Keras 3, then tf_keras."""
     kit: Kit = request.param
     kit.keras.backend.clear_session()
-    gc.collect()
-    gc.freeze()
+    settings.collect_garbage()
     kit.keras.utils.set_random_seed(7)
     return kit
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "exactness: what must be exact everywhere; the short run for older versions"
-    )
-
-
-tf_keras_only = pytest.mark.parametrize("kit", KITS[1:], indirect=True, ids=lambda kit: kit.name)
-with_renorm = pytest.mark.parametrize(
-    "kit", [kit for kit in KITS if kit.has_renorm], indirect=True, ids=lambda kit: kit.name
-)
-
-
-@pytest.fixture(scope="module")
-def unoptimized_graphs() -> Iterator[None]:
-    """TensorFlow's graph optimization off: a sixth of the time, for graphs that run a few times.
-
-    For tests of what happens when. Those of sums and statistics have graphs as users have them.
-    """
-    options = tf.config.optimizer.set_experimental_options
-    options({"disable_meta_optimizer": True})
-    yield
-    options({"disable_meta_optimizer": False})
 
 
 @pytest.fixture(params=[1, 2, 4], ids=lambda n: f"{n}replicas")
