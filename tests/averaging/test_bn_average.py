@@ -8,6 +8,8 @@ from tests.helpers.assertions import assert_mean, assert_variance
 from tests.helpers.batch_norm import layer
 from tests.helpers.devices import mirrored
 
+pytestmark = pytest.mark.optimized_graphs
+
 
 def assign_copies(strategy, variable, values):
     for copy, value in zip(strategy.experimental_local_results(variable), values, strict=True):

@@ -15,6 +15,8 @@ from tests.helpers.variables import (
     random_weights,
 )
 
+pytestmark = pytest.mark.optimized_graphs
+
 
 @pytest.mark.parametrize("name", ["update", "copy_to_model"])
 def test_where_assertions_are_ignored_the_average_in_the_model_comes_to_no_harm(

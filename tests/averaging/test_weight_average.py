@@ -20,6 +20,8 @@ from tests.helpers.variables import (
     stand_in,
 )
 
+pytestmark = pytest.mark.optimized_graphs
+
 
 @pytest.mark.exactness
 @pytest.mark.parametrize("n_snapshots", [1, 3, 100])

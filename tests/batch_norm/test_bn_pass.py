@@ -13,6 +13,8 @@ from tests.helpers.kit import KITS
 from tests.helpers.marks import ran_out
 from tests.helpers.models import RATE, build
 
+pytestmark = pytest.mark.either_keras
+
 
 def momentum(kit, **arguments):
     return kit.keras.optimizers.SGD(RATE, momentum=0.9, **arguments)

@@ -12,6 +12,8 @@ from tests.helpers.data import batched, data
 from tests.helpers.fits import ONE_SNAPSHOT, fit
 from tests.helpers.models import RATE, build, norm_of
 
+pytestmark = pytest.mark.either_keras
+
 
 def without_momentum(kit):
     return build(kit, optimizer=functools.partial(kit.keras.optimizers.SGD, RATE))

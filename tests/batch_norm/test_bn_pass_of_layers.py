@@ -16,6 +16,8 @@ from tests.helpers.fits import ONE_SNAPSHOT, fit
 from tests.helpers.marks import with_renorm
 from tests.helpers.models import RATE, build, norm_of
 
+pytestmark = pytest.mark.either_keras
+
 
 def tapped(kit, strategy, layers, shape, compile_arguments=None, last=None):
     """Fit a model; return the layers and all positions that reached each tap in the last epoch."""

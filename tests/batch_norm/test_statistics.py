@@ -10,6 +10,8 @@ from tests.helpers.batch_norm import assert_pooled, deal, feed, layer, skewed
 from tests.helpers.data import positions
 from tests.helpers.devices import NO_STRATEGY, mirrored
 
+pytestmark = pytest.mark.optimized_graphs
+
 
 @pytest.mark.exactness
 @pytest.mark.parametrize("size", [1, 2, 7, 32, 128])

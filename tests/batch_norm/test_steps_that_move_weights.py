@@ -11,6 +11,8 @@ from tests.helpers.devices import NO_STRATEGY
 from tests.helpers.fits import fit
 from tests.helpers.models import RATE
 
+pytestmark = pytest.mark.either_keras
+
 NOTICED = r"changes weights by other means.*`update_bn\(model, data\)` after `fit`"
 
 

@@ -19,6 +19,9 @@ from tests.helpers.devices import devices, mirrored
 from tests.helpers.kit import KITS
 from tests.helpers.marks import with_renorm
 
+pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
+
+
 NO_STRATEGY = tf.distribute.get_strategy()
 RNG = np.random.default_rng(0)
 X = (RNG.gamma(2, size=(38, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")

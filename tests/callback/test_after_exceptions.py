@@ -17,6 +17,8 @@ from tests.helpers.fits import fit
 from tests.helpers.interruptions import KilledError, kill
 from tests.helpers.models import build
 
+pytestmark = pytest.mark.either_keras
+
 
 def run(kit, model, swa, before=(), after=(), **arguments):
     """A run that is interrupted; its recorder."""

@@ -9,6 +9,8 @@ from tests.helpers.data import data, positions
 from tests.helpers.fits import fit
 from tests.helpers.models import RATE, build, norm_of
 
+pytestmark = pytest.mark.either_keras
+
 
 def compile_anew(kit):
     def act(model):

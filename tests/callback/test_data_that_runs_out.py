@@ -5,6 +5,7 @@ from tests.helpers.assertions import (
     Statistics,
     assert_bitwise,
     assert_exact,
+    assert_trains_on,
     assert_undisturbed,
     assert_weights,
 )
@@ -13,6 +14,8 @@ from tests.helpers.data import data, positions
 from tests.helpers.fits import fit
 from tests.helpers.marks import ran_out
 from tests.helpers.models import build
+
+pytestmark = pytest.mark.either_keras
 
 
 def batches_of(epochs):
@@ -47,6 +50,7 @@ def test_a_pass_without_data_leaves_the_average_and_says_so(kit):
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
     kept.assert_averaged(kit, model)
     assert_undisturbed(kit, model)
+    assert_trains_on(kit, model)
 
 
 @ran_out
@@ -63,3 +67,4 @@ def test_data_that_runs_out_before_the_pass(kit, two_replicas):
     # tf_keras learns in epoch 5 that there is no more: at its end the weights are as before.
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4, 5))
     assert_undisturbed(kit, model)
+    assert_trains_on(kit, model)

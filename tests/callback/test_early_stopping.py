@@ -7,6 +7,7 @@ from tests.helpers.assertions import (
     Statistics,
     assert_bitwise,
     assert_exact,
+    assert_trains_on,
     assert_undisturbed,
     assert_weights,
 )
@@ -16,6 +17,8 @@ from tests.helpers.devices import mirrored
 from tests.helpers.fits import fit
 from tests.helpers.marks import ran_out
 from tests.helpers.models import build
+
+pytestmark = pytest.mark.either_keras
 
 
 @pytest.mark.exactness
@@ -79,12 +82,14 @@ def test_stopped_by_a_later_callback_the_model_has_averaged_statistics(kit, two_
     assert_weights(kit.trainable(model), recorder.mean(2, 3, 4))
     kept.assert_averaged(kit, model)
     assert_undisturbed(kit, model)
+    assert_trains_on(kit, model)
 
 
 def test_stopped_within_the_pass_the_statistics_are_of_the_samples_it_saw(kit, two_replicas):
     model = build(kit, two_replicas)
     recorder, *_ = fit(kit, model, after=[at(kit, 5, stop, "on_train_batch_end")], epochs=5)
     assert_exact(kit, model, recorder, [2, 3, 4], seen=positions(data()[0][:8]))
+    assert_trains_on(kit, model)
 
 
 @ran_out

@@ -10,6 +10,8 @@ from tests.helpers.assertions import (
     assert_weights,
 )
 
+pytestmark = pytest.mark.optimized_graphs
+
 EPOCHS = 5
 NO_STRATEGY = tf.distribute.get_strategy()
 

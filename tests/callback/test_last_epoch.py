@@ -11,6 +11,8 @@ from tests.helpers.fits import fit
 from tests.helpers.marks import tf_keras_only
 from tests.helpers.models import build
 
+pytestmark = pytest.mark.either_keras
+
 EPOCHS = 4
 
 

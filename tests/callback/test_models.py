@@ -39,7 +39,7 @@ def case(replicas=None, kits=("keras3", "tf_keras")):
             if kit.name in kits:
                 on_two = len(CASES) % 4 in (0, 3)
                 n = (2 if on_two else 0) if replicas is None else replicas
-                CASES.append(pytest.param(kit, build, n, id=f"{build.__name__}-{kit.name}-{n}"))
+                CASES.append(pytest.param(kit, build, n, id=f"{build.__name__}-{kit.name}"))
         return build
 
     return enter
@@ -568,6 +568,7 @@ def assert_statistics(kit, seen, norm):
     assert_variance(variance, seen.var(0))
 
 
+@pytest.mark.either_keras
 @pytest.mark.exactness
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")  # Keras's own, of unused weights
 @pytest.mark.parametrize(("kit", "build", "replicas"), CASES, indirect=["kit"])

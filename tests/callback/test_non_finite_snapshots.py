@@ -10,6 +10,8 @@ from tests.helpers.fits import fit
 from tests.helpers.marks import ran_out
 from tests.helpers.models import build, norm_of, poison
 
+pytestmark = pytest.mark.either_keras
+
 
 def test_statistics_that_are_not_finite_on_a_replica_do_not_enter_the_average(kit, two_replicas):
     def spoil(model):

@@ -11,6 +11,8 @@ from tests.helpers.devices import NO_STRATEGY, on
 from tests.helpers.kit import KITS
 from tests.helpers.marks import tf_keras_only
 
+pytestmark = pytest.mark.either_keras
+
 FIRST, OTHER = 0.08, 0.02
 
 

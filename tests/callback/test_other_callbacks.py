@@ -40,10 +40,10 @@ def among(kit, model, others=(), order="before", alone=False, schedule="manual",
     arguments = {"epochs": EPOCHS, **arguments}
     if alone:
         recorder = kit.Recorder()
+        callbacks = [*others, recorder] if order == "before" else [recorder, *others]
         history = model.fit(
-            *data(), batch_size=8, verbose=0, shuffle=False, callbacks=[*others, recorder],
-            **arguments,
-        ).history  # fmt: skip
+            *data(), batch_size=8, verbose=0, shuffle=False, callbacks=callbacks, **arguments
+        ).history
         return recorder, history
     swa = kit.SWA(arguments.pop("start_epoch", 2), schedule)
     recorder, _, history = fit(kit, model, swa=swa, **{order: others}, **arguments)

@@ -17,6 +17,8 @@ from tests.helpers.devices import NO_STRATEGY
 from tests.helpers.fits import fit
 from tests.helpers.models import RATE, build, norm_of
 
+pytestmark = pytest.mark.either_keras
+
 
 def test_initial_epoch(kit):
     model = build(kit)

@@ -13,6 +13,8 @@ from tests.helpers.assertions import (
 from tests.helpers.data import batched, positions
 from tests.helpers.devices import NO_STRATEGY, on
 
+pytestmark = pytest.mark.either_keras
+
 
 def data():
     x, y = samples.data()

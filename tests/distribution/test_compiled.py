@@ -19,6 +19,8 @@ from tests.helpers.fits import fit
 from tests.helpers.models import build
 from tests.helpers.variables import average_of, mirrored_variables
 
+pytestmark = pytest.mark.optimized_graphs
+
 
 def device_functions(kit):
     """All that a replica does, by name, with its inputs."""

@@ -8,9 +8,7 @@ import tests.conftest  # virtual devices
 import tensorflow as tf
 from tests.helpers.kit import KITS
 from tests.helpers.data import positions
-from tests.helpers.assertions import assert_mean
-from tests.helpers.assertions import assert_variance
-from tests.helpers.assertions import assert_weights
+from tests.helpers.assertions import assert_statistics, assert_weights
 
 x = (np.random.default_rng(0).normal(size=(44, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
 y = np.random.default_rng(1).normal(size=(44, 1)).astype("float32")

@@ -15,6 +15,8 @@ from tests.helpers.devices import NO_STRATEGY
 from tests.helpers.processes import FOREVER
 from tests.helpers.variables import average_of, copies, mirrored_variables
 
+pytestmark = pytest.mark.optimized_graphs
+
 
 def made_in(strategy, *values):
     with strategy.scope():

@@ -9,6 +9,8 @@ from tests.helpers.fits import fit
 from tests.helpers.models import build
 from tests.helpers.processes import run_python
 
+pytestmark = pytest.mark.optimized_graphs
+
 DEVICES = devices(4)
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from swa_dist.batch_norm.bn_pass import BatchNormPass
 from tests.helpers.data import batched, data, positions
 from tests.helpers.models import RATE, norm_of
 
@@ -57,10 +58,15 @@ def assert_exact(kit, model, recorder, snapshots, seen=None):
 
 
 def assert_undisturbed(kit, model):
-    """The model is as it was without SWA, and trains on."""
+    """The model is as it was without SWA, and ready to train on."""
     kit.assert_replicas_agree(model)
     assert kit.rate(model) == pytest.approx(RATE)
     assert "make_train_function" not in vars(model)
+    assert not isinstance(model.train_function, BatchNormPass)
+
+
+def assert_trains_on(kit, model):
+    """A later `fit` updates the weights, and the optimizer's state."""
     state = kit.optimizer_state(model.optimizer)
     model.fit(batched(*data()), shuffle=False, verbose=0)
     moved = zip(state, kit.optimizer_state(model.optimizer), strict=True)

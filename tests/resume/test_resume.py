@@ -25,8 +25,8 @@ from tests.helpers.kit import KITS
 from tests.helpers.models import build
 from tests.helpers.processes import run_python
 
-# Runs are compared bitwise, and some of them are kept for later tests.
-pytestmark = pytest.mark.optimized_graphs
+pytestmark = pytest.mark.either_keras
+
 
 START, EPOCHS = 2, 7
 
@@ -71,7 +71,8 @@ def test_a_run_interrupted_anywhere_ends_like_an_uninterrupted_one(tmp_path, kit
     assert result.returncode == 0, result.stderr[-4000:]
     histories = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
     points = [(tuple(point), code) for h in histories for point, code in h["lives"]]
-    assert len(points) == 18
+    assert len(points) == 3 * len(histories)
+    assert len(histories) in (3, 6)
     for point, code in points:
         assert code == -9, point
     for history in histories:
