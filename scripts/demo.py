@@ -37,7 +37,7 @@ Digits = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 @dataclass
 class Libraries:
-    """TensorFlow, and one of the two Kerases with its SWA."""
+    """TensorFlow, and one Keras version with its SWA."""
 
     tf: Any
     keras: Any
@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def load_libraries(flavour: str, replicas: int) -> Libraries:
+def load_libraries(version: str, replicas: int) -> Libraries:
     """Import TensorFlow, split its CPU, and import one Keras only."""
     import tensorflow as tf
 
@@ -123,7 +123,7 @@ def load_libraries(flavour: str, replicas: int) -> Libraries:
     home, binding = {
         "3": ("keras", "swa_dist.keras"),
         "legacy": ("tf_keras", "swa_dist.tfkeras"),
-    }[flavour]
+    }[version]
     return Libraries(tf, import_module(home), import_module(binding).SWA)
 
 

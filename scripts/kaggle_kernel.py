@@ -43,7 +43,7 @@ def find_strategy() -> tf.distribute.Strategy:
     )
 
 
-def build_model(steps: int) -> keras.Model:
+def build_model(steps: int) -> tf.keras.Model:
     """Return a small network, compiled to run the steps of a whole epoch in one execution."""
     layers = keras.layers
     model = keras.Sequential([layers.Input((8, 8, 1))])

@@ -1,83 +1,94 @@
-"""What one averaging step costs: ours, keras-swa's, and the least that memory allows."""
+"""What one averaging step costs: ours, the peers', and the least that memory allows."""
 
 from collections.abc import Callable
 from typing import Any
 
-from scripts.bench import networks, peers
-from scripts.bench.clock import Times, alternate
+from scripts.bench import networks
+from scripts.bench.clock import CLOCKS, alternate, timed
 
-OURS, OURS_LATER, KERAS_SWA, LIMIT = "ours", "ours, later", "keras-swa", "limit"
+OURS, OURS_LATER, COPY, SWAP = "ours", "ours, after hundreds", "copy_to_model", "swap"
+KERAS_SWA, LIMIT, FUSED, TORCH = "keras-swa", "limit", "XLA-fused", "PyTorch"
 NOTHING, LOOK, ADD = "nothing", "look", "add"
 
-# The average's buffers are sums for that many snapshots. Warming up takes some of them: the first
-# updates run without a graph.
-_SUMS, _WARM_UP = 32, 10
-ROUNDS = _SUMS - _WARM_UP
-_HUNDREDS = 200  # updates between the first ones and the later ones that are timed
+# The average's buffers are sums for 32 snapshots. Warming up takes some of them: the first updates
+# run without a graph.
+WARM_UP = 10
+ROUNDS = 32 - WARM_UP
 
 
-def on_resnet50(replicas: int, quick: bool) -> dict[str, Any]:
-    """Time a step on ResNet-50's weights, and its parts on one replica.
+def steps(
+    network: list[Any], replicas: int, groups: list[list[str]], clock: str = "wall"
+) -> dict[str, list[float]]:
+    """Time averaging steps of a network's weights, and what belongs to them.
 
     Every contender has what it holds between two snapshots: ours buffers on every replica,
-    keras-swa NumPy arrays. The limit is an in-place addition of one flat tensor to another.
+    keras-swa NumPy arrays.
+
+    Args:
+        network: What `networks.build` takes.
+        replicas: How many there are; 0 for no strategy.
+        groups: Those that take turns. Who was in an earlier group is there as a neighbor only.
+        clock: Name of the clock.
     """
     import tensorflow as tf
 
-    strategy = networks.mirrored(replicas)
-    with strategy.scope():
-        if quick:
-            model = networks.equal_weights(tf.keras, 200_000, 20)
-        else:
-            model = networks.resnet50(tf.keras)
-    contenders = _contenders(model, with_limit=replicas == 1)
-    seconds = alternate(contenders, ROUNDS, _WARM_UP)
-    for _ in range(_HUNDREDS):
-        contenders[OURS]()
-    later = {OURS_LATER: contenders[OURS], **_without(contenders, OURS)}
-    seconds[OURS_LATER] = alternate(later, ROUNDS, _WARM_UP)[OURS_LATER]
-    parts = alternate(_parts(model, strategy), ROUNDS, _WARM_UP) if replicas == 1 else {}
-    return {
-        "parameters": _size(model),
-        "variables": len(model.trainable_variables),
-        "seconds": seconds,
-        "parts": parts,
-    }
-
-
-def on_equal_weights(parameters: int, variables: int, rounds: int) -> Times:
-    """Time a step on so many parameters in so many equal variables, on one replica."""
-    import tensorflow as tf
-
-    with networks.mirrored(1).scope():
-        model = networks.equal_weights(tf.keras, parameters, variables)
-    return alternate(_contenders(model, with_limit=True), min(rounds, ROUNDS), _WARM_UP)
-
-
-def grow(sizes: list[tuple[int, int]], rounds: int) -> list[Times]:
-    """Time a step for each number of parameters and variables, one after the other."""
-    import gc
-
-    times = []
-    for parameters, variables in sizes:
-        times.append(on_equal_weights(parameters, variables, rounds))
-        gc.collect()
-    return times
-
-
-def _contenders(model: Any, with_limit: bool) -> dict[str, Callable[[], None]]:
     from swa_dist import WeightAverage
 
-    contenders = {OURS: WeightAverage(model).update, KERAS_SWA: _keras_swa_step(model)}
-    if with_limit:
-        contenders[LIMIT] = _flat_addition(_size(model))
-    return contenders
+    strategy = networks.strategy(replicas)
+    with strategy.scope():
+        model = networks.build(*network)
+        weights = [v if isinstance(v, tf.Variable) else v.value for v in model.trainable_variables]
+        sums = [tf.Variable(tf.zeros(v.shape), trainable=False) for v in weights]
+        finite = tf.Variable(False, trainable=False)
+    average = WeightAverage(model)
+    size = sum(v.shape.num_elements() for v in weights)
+    total, flat = (tf.Variable(tf.ones([size])) for _ in range(2))
+
+    def look() -> None:
+        finite.assign(tf.reduce_all([tf.math.is_finite(tf.reduce_sum(v)) for v in weights]))
+
+    def add() -> None:
+        for buffer, v in zip(sums, weights, strict=True):
+            buffer.assign_add(v, read_value=False)
+
+    def add_if_finite() -> None:
+        all_finite = tf.reduce_all([tf.reduce_all(tf.math.is_finite(v)) for v in weights])
+        for buffer, v in zip(sums, weights, strict=True):
+            buffer.assign(tf.where(all_finite, buffer + v, buffer), read_value=False)
+
+    def add_flat() -> None:
+        total.assign_add(flat, read_value=False)
+
+    def graph(part: Callable[[], None]) -> Callable[[], None]:
+        return tf.function(lambda: strategy.run(part), autograph=False)
+
+    contenders: dict[str, Callable[[], Any]] = {
+        **dict.fromkeys((OURS, OURS_LATER), average.update),
+        COPY: average.copy_to_model,
+        SWAP: average.swap,
+        LIMIT: tf.function(add_flat),
+        FUSED: tf.function(add_if_finite, jit_compile=True),
+        NOTHING: graph(lambda: None),
+        LOOK: graph(look),
+        ADD: graph(add),
+    }
+    if KERAS_SWA in groups[0]:
+        contenders[KERAS_SWA] = _keras_swa_step(model)
+    seconds: dict[str, list[float]] = {}
+    for group in groups:
+        for _ in range(200 if OURS_LATER in group else 0):
+            average.update()
+        turns = {name: timed(contenders[name], CLOCKS[clock]) for name in group}
+        seconds = alternate(turns, ROUNDS, WARM_UP) | seconds
+    return seconds
 
 
 def _keras_swa_step(model: Any) -> Callable[[], None]:
     """Return keras-swa's hooks of an epoch at whose end it averages, without the training."""
+    from swa.tfkeras import SWA
+
     model.compile("sgd", "mse")
-    callback = peers.keras_swa_callback(2, batch_size=1)
+    callback = SWA(2, batch_size=1)
     callback.set_model(model)
     callback.set_params({"epochs": 1_000_000})
     callback.on_train_begin()
@@ -91,43 +102,17 @@ def _keras_swa_step(model: Any) -> Callable[[], None]:
     return step
 
 
-def _flat_addition(size: int) -> Callable[[], None]:
-    import tensorflow as tf
+def torch_step() -> list[float]:
+    """Time PyTorch's own averaging of ResNet-50's weights on a GPU."""
+    import torch
+    import torchvision
+    from torch.optim.swa_utils import AveragedModel
 
-    total, weights = (tf.Variable(tf.ones([size])) for _ in range(2))
+    model = torchvision.models.resnet50().cuda()
+    average = AveragedModel(model)
 
-    @tf.function
-    def add() -> None:
-        total.assign_add(weights, read_value=False)
+    def update() -> None:
+        average.update_parameters(model)
+        torch.cuda.synchronize()
 
-    return lambda: add()
-
-
-def _size(model: Any) -> int:
-    return sum(v.shape.num_elements() for v in model.trainable_variables)
-
-
-def _parts(model: Any, strategy: Any) -> dict[str, Callable[[], None]]:
-    """Return what an update does, part by part: each in a graph of its own."""
-    import tensorflow as tf
-
-    variables = model.trainable_variables
-    with strategy.scope():
-        sums = [tf.Variable(tf.zeros(v.shape), trainable=False) for v in variables]
-        finite = tf.Variable(False, trainable=False)
-
-    def look() -> None:
-        finite.assign(tf.reduce_all([tf.math.is_finite(tf.reduce_sum(v)) for v in variables]))
-
-    def add() -> None:
-        for total, v in zip(sums, variables, strict=True):
-            total.assign_add(v, read_value=False)
-
-    return {
-        name: tf.function(lambda part=part: strategy.run(part), autograph=False)
-        for name, part in {NOTHING: lambda: None, LOOK: look, ADD: add}.items()
-    }
-
-
-def _without(contenders: dict[str, Callable[[], None]], name: str) -> dict[str, Callable[[], None]]:
-    return {other: contend for other, contend in contenders.items() if other != name}
+    return alternate({TORCH: timed(update)}, ROUNDS, WARM_UP)[TORCH]

@@ -2,73 +2,86 @@
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-Times = dict[str, list[float]]
+T = TypeVar("T")
+Clock = Callable[[], float]
 
 
-def alternate(contenders: Mapping[str, Callable[[], None]], rounds: int, warm_up: int = 3) -> Times:
-    """Return the seconds that each contender takes, in turns: A B C, A B C, ...
-
-    Args:
-        contenders: What is timed.
-        rounds: How often each is.
-        warm_up: Rounds before, in which things are traced and memory is got for the first time.
-    """
-    seconds: Times = {name: [] for name in contenders}
-    for i in range(warm_up + rounds):
-        for name, contend in contenders.items():
-            began = time.perf_counter()
-            contend()
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def step_timer(clock: Callable[[], float] = time.perf_counter) -> Any:
-    """Return a callback that keeps how long each step of each epoch took, all hooks included."""
+def _synchronized() -> float:
+    """Return the time, once the GPU has finished what it was given."""
     import tensorflow as tf
 
-    class Timer(tf.keras.callbacks.Callback):
+    tf.test.experimental.sync_devices()
+    return time.perf_counter()
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "gpu": _synchronized}
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], T]], rounds: int, warm_up: int
+) -> dict[str, list[T]]:
+    """Return what each contender returns, in turns: A B C, A B C, ...; without the first rounds."""
+    found: dict[str, list[T]] = {name: [] for name in contenders}
+    for _ in range(warm_up + rounds):
+        for name, contend in contenders.items():
+            found[name].append(contend())
+    return {name: of_rounds[warm_up:] for name, of_rounds in found.items()}
+
+
+def timed(function: Callable[..., Any], clock: Clock = time.perf_counter) -> Callable[..., float]:
+    """Return a function that calls another, and returns the seconds that it takes."""
+
+    def call(*args: Any, **kwargs: Any) -> float:
+        began = clock()
+        function(*args, **kwargs)
+        return clock() - began
+
+    return call
+
+
+def timer(clock: Clock, each_step: bool = True) -> Any:
+    """Return a callback whose `times` are, for each epoch, its steps' seconds, or its own alone."""
+    import tensorflow as tf
+
+    class Epochs(tf.keras.callbacks.Callback):
         def __init__(self) -> None:
             super().__init__()
-            self.steps: list[list[float]] = []
+            self.times: list[list[float]] = []
 
         def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.marks: list[float] = []
-
-        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-            self.marks.append(clock())
+            self.marks = [] if each_step else [clock()]
 
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             self.marks.append(clock())
-            self.steps.append(list(np.diff(self.marks)))
+            self.times.append(list(np.diff(self.marks)))
 
-    return Timer()
+    class Steps(Epochs):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            self.marks.append(clock())
+
+    return Steps() if each_step else Epochs()
 
 
-def time_hooks(callback: Any, clock: Callable[[], float] = time.perf_counter) -> Times:
+def time_hooks(callback: Any, clock: Clock) -> dict[str, list[float]]:
     """Have a callback's hooks timed; return what will hold the time of each of their calls."""
-    spent: Times = {}
+    of_batches = ("on_train_batch_begin", "on_train_batch_end")
+    of_epochs = (
+        "on_train_begin",
+        "on_epoch_begin",
+        "on_test_begin",
+        "on_epoch_end",
+        "on_train_end",
+    )
+    spent: dict[str, list[float]] = {name: [] for name in (*of_epochs, *of_batches)}
+    for name, times in spent.items():
+        hook = timed(getattr(callback, name), clock)
 
-    def timed(name: str, hook: Callable[..., None]) -> Callable[..., None]:
-        def call(*args: Any, **kwargs: Any) -> None:
-            began = clock()
-            hook(*args, **kwargs)
-            spent.setdefault(name, []).append(clock() - began)
+        def call(*args: Any, hook: Any = hook, times: Any = times, **kwargs: Any) -> None:
+            times.append(hook(*args, **kwargs))
 
-        return call
-
-    for name in (
-        "train_begin",
-        "epoch_begin",
-        "train_batch_begin",
-        "train_batch_end",
-        "test_begin",
-        "epoch_end",
-        "train_end",
-    ):
-        setattr(callback, f"on_{name}", timed(name, getattr(callback, f"on_{name}")))
+        setattr(callback, name, call)
     return spent

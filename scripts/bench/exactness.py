@@ -2,318 +2,224 @@
 
 Every system trains the same network, from the same weights, on the same batches in the same order,
 without a strategy and on 4 virtual replicas. What comes out is compared with float64 NumPy: the
-mean of the snapshots that the system says it takes, and the statistics of what its own final
+mean of the snapshots that the system is told to take, and the statistics of what its own final
 weights feed to the BN layers.
 """
 
-import sys
-import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from scripts.bench import isolated, networks, peers, report
+from scripts.bench import addons, isolated, networks
+from scripts.bench.report import Page, digits, table
 
-COMMAND = "./scripts/benchmark"
-REPLICAS = (1, 4)
-# The last batch has fewer rows than the others: what is weighted by batches is off.
-ROWS, BATCH = 1000, 96
-STEPS = -(-ROWS // BATCH)
+Arrays = list[NDArray[Any]]
+
+# The last batch has fewer samples than the others: what is weighted by batches is off.
+SAMPLES, BATCH = 1000, 96
+STEPS = -(-SAMPLES // BATCH)
 # Snapshots after epochs 2, 3, ...; keras-swa cannot begin earlier. A BN pass is one more epoch.
 START, TRAINED = 2, 5
 
+MOMENTUM = "SGD, momentum 0.9"
 OPTIMIZERS: dict[str, tuple[str, dict[str, float]]] = {
     "SGD": ("SGD", {"learning_rate": 0.05}),
-    "SGD, momentum 0.9": ("SGD", {"learning_rate": 0.05, "momentum": 0.9}),
+    MOMENTUM: ("SGD", {"learning_rate": 0.05, "momentum": 0.9}),
     "Adam": ("Adam", {"learning_rate": 0.003}),
 }
+# Of each: what `_prepare` knows it by, and the environment that it needs.
+SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "swa_dist, Keras 3": ("ours", {}),
+    "swa_dist, tf_keras": ("ours", {"legacy": True}),
+    'keras-swa, "constant", tf_keras': ("constant", {"legacy": True}),
+    'keras-swa, "manual", tf_keras': ("manual", {"legacy": True}),
+    "keras-swa, Keras 3": ("constant", {}),
+    "tensorflow-addons SWA and a forward pass, TF 2.15": ("addons", {"python": isolated.ADDONS}),
+    "`use_ema` and `SwapEMAWeights`, Keras 3": ("ema", {}),
+}
 
-
-class System:
-    """What trains, and leaves an average in the model."""
-
-    epochs = TRAINED
-
-    def optimizer(self, name: str, **settings: float) -> Any:
-        """Return the optimizer to compile with."""
-        import tensorflow as tf
-
-        self.rate = settings["learning_rate"]
-        return getattr(tf.keras.optimizers, name)(**settings)
-
-    def callbacks(self) -> list[Any]:
-        """Return the callbacks to train with."""
-        return []
-
-    def takes(self, epoch: int, model: Any) -> bool:
-        """Whether the system has taken a snapshot at the end of this epoch, counted from 0."""
-        return epoch >= START - 1
-
-    def finish(self, model: Any, batches: Any) -> None:
-        """Do what is left to do after `fit`."""
-
-
-class Ours(System):
-    """`swa_dist.SWA`."""
-
-    epochs = TRAINED + 1
-
-    def callbacks(self) -> list[Any]:  # noqa: D102
-        from swa_dist import SWA
-
-        self.swa = SWA(START, lr_schedule="constant", swa_lr=self.rate)
-        self.plan = self.swa.plan(self.epochs, steps_per_epoch=STEPS, learning_rate=self.rate)
-        return [self.swa]
-
-    def takes(self, epoch: int, model: Any) -> bool:  # noqa: D102
-        return bool(self.plan.is_snapshot(epoch))
-
-
-class KerasSwa(System):
-    """keras-swa, with a schedule of its own."""
-
-    epochs = TRAINED + 1
-    arguments: tuple[Any, ...] = ("constant",)
-
-    def callbacks(self) -> list[Any]:  # noqa: D102
-        rates = (self.rate,) if self.arguments == ("constant",) else ()
-        self.swa = peers.keras_swa_callback(START, *self.arguments, *rates, batch_size=BATCH)
-        return [self.swa]
-
-    def takes(self, epoch: int, model: Any) -> bool:  # noqa: D102
-        return bool(self.swa.is_swa_epoch and not self.swa.is_batch_norm_epoch)
-
-
-class KerasSwaManual(KerasSwa):
-    """keras-swa, with its default: it leaves the learning rate alone."""
-
-    arguments = ("manual",)
-
-
-class Addons(System):
-    """tensorflow-addons' SWA, and the forward pass that it advises."""
-
-    def optimizer(self, name: str, **settings: float) -> Any:  # noqa: D102
-        import tensorflow as tf
-
-        inner = getattr(tf.keras.optimizers.legacy, name)(**settings)
-        return peers.addons_optimizer(inner, first=START * STEPS, every=STEPS)
-
-    def finish(self, model: Any, batches: Any) -> None:  # noqa: D102
-        peers.finish_addons(model, batches)
-
-
-class Ema(System):
-    """Keras's own average, an exponential one."""
-
-    def optimizer(self, name: str, **settings: float) -> Any:  # noqa: D102
-        return super().optimizer(name, **settings, use_ema=True)
-
-    def callbacks(self) -> list[Any]:  # noqa: D102
-        import tensorflow as tf
-
-        return [tf.keras.callbacks.SwapEMAWeights()]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A system in an environment."""
-
-    name: str
-    system: type[System]
-    legacy: bool = False
-    addons: bool = False
-
-
-ROWS_OF_TABLE = (
-    Row("swa_dist, Keras 3", Ours),
-    Row("swa_dist, tf_keras", Ours, legacy=True),
-    Row('keras-swa, "constant", tf_keras', KerasSwa, legacy=True),
-    Row('keras-swa, "manual", tf_keras', KerasSwaManual, legacy=True),
-    Row("keras-swa, Keras 3", KerasSwa),
-    Row("tensorflow-addons SWA and a forward pass, TF 2.15", Addons, addons=True),
-    Row("`use_ema` and `SwapEMAWeights`, Keras 3", Ema),
-)
-
-
-def measure(system: str, replicas: int, optimizers: Sequence[str], inputs: str) -> dict[str, Any]:
-    """Train with each optimizer, in this process; return the errors, or what went wrong."""
-    results: dict[str, Any] = {}
-    for name in optimizers:
-        try:
-            results[name] = errors(getattr(sys.modules[__name__], system)(), replicas, name, inputs)
-        except Exception as error:
-            results[name] = isolated.describe(error)
-    return results
-
-
-def errors(system: System, replicas: int, optimizer: str, inputs: str) -> dict[str, float]:
-    """Train, and compare what comes out with its definition."""
-    import tensorflow as tf
-
-    keras = tf.keras
-    keras.utils.set_random_seed(0)
-    arrays = np.load(inputs)
-    x, y = arrays["x"], arrays["y"]
-    strategy = networks.mirrored(replicas) if replicas > 1 else tf.distribute.get_strategy()
-    with strategy.scope():
-        model = networks.small(keras)
-        networks.set_by_layer(model, networks.small_weights(seed=0))
-        name, settings = OPTIMIZERS[optimizer]
-        model.compile(
-            system.optimizer(name, **settings),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-    snapshots: list[list[networks.Arrays]] = []
-
-    class Recorder(keras.callbacks.Callback):  # type: ignore[name-defined]
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            if system.takes(epoch, self.model):
-                snapshots.append(networks.get_by_layer(self.model))
-
-    model.fit(
-        *(x, y),
-        batch_size=BATCH,
-        epochs=system.epochs,
-        shuffle=False,
-        verbose=0,
-        callbacks=[*system.callbacks(), Recorder()],
-    )
-    batches = tf.data.Dataset.from_tensor_slices(x).batch(BATCH)
-    system.finish(model, strategy.experimental_distribute_dataset(batches))
-
-    final = networks.get_by_layer(model)
-    # A batch is cut into equal shares.
-    cut = [np.array_split(x[i : i + BATCH], replicas) for i in range(0, ROWS, BATCH)]
-    statistics = networks.small_statistics(final, [shard for batch in cut for shard in batch])
-    means = [
-        [
-            np.mean(np.stack(arrays).astype("float64"), axis=0)
-            for arrays in zip(*layers, strict=True)
-        ]
-        for layers in zip(*snapshots, strict=True)
-    ]
-    bn = range(1, 2 * len(networks.FILTERS), 2)
-    return {
-        "weights": max(
-            np.abs(ours - exact).max() / max(np.abs(exact).max(), 1e-30)
-            for i, layer in enumerate(final)
-            for ours, exact in list(zip(layer, means[i], strict=True))[: 2 if i in bn else None]
-        ),
-        "mean": max(
-            (np.abs(final[i][2] - mean) / np.maximum(np.abs(mean), np.sqrt(variance))).max()
-            for i, (mean, variance) in zip(bn, statistics, strict=True)
-        ),
-        "variance": max(
-            np.abs(final[i][3] / variance - 1).max()
-            for i, (_, variance) in zip(bn, statistics, strict=True)
-        ),
-        "snapshots": len(snapshots),
-    }
-
-
-def write_digits(path: Path) -> None:
-    """Put scikit-learn's digits where every environment can read them."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    images = (images[:ROWS] / 16).astype("float32").reshape(-1, 8, 8, 1)
-    np.savez(path, x=images, y=labels[:ROWS])
-
-
-def _cell(outcome: Any) -> list[str]:
-    if isinstance(outcome, str):
-        return [outcome, "", ""]
-    return [_percent(outcome[key]) for key in ("weights", "mean", "variance")]
-
-
-def _percent(error: float) -> str:
-    """Return a relative error: in percent if it is one that could be seen."""
-    return f"{report.digits(100 * error)} %" if error >= 1e-4 else report.digits(error)
+FILTERS, EPSILON = (16, 32), 1e-3  # of the convolutions; Keras's default
 
 
 def main() -> None:
     """Measure all, and write the table."""
-    options = report.arguments("Compare what comes out with float64 NumPy.", COMMAND)
-    optimizers = list(OPTIMIZERS)[1:2] if options.quick else list(OPTIMIZERS)
-    replicas_of_table = REPLICAS[-1:] if options.quick else REPLICAS
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        inputs = Path(folder) / "digits.npz"
-        write_digits(inputs)
+    note = "tensorflow-addons 0.23.0 ran in TensorFlow 2.15.1."
+    Page("exactness.md", "./scripts/benchmark", note).measure(final_models)
 
-        def ask(row: Row, replicas: int) -> dict[str, Any]:
-            try:
-                answer = isolated.call(
-                    measure,
-                    *(row.system.__name__, replicas, optimizers, str(inputs)),
-                    replicas=replicas,
-                    legacy=row.legacy,
-                    python=isolated.ADDONS if row.addons else sys.executable,
-                )
-            except isolated.FailedError as error:
-                return dict.fromkeys(optimizers, str(error))
-            print(f"{row.name}, {replicas} replicas: done.", flush=True)
-            return dict(answer)
 
-        asked = {
-            (row.name, replicas): pool.submit(ask, row, replicas)
-            for row in ROWS_OF_TABLE
-            for replicas in replicas_of_table
-        }
-        found = {key: future.result() for key, future in asked.items()}
-
-    header = ["system", "optimizer"]
-    for replicas in replicas_of_table:
-        of = f"{replicas} replicas: " if replicas > 1 else "1 replica: "
-        header += [of + part for part in ("weights", "BN mean", "BN variance")]
+def final_models(page: Page) -> None:
+    """Errors of final weights and BN statistics."""
+    optimizers = [MOMENTUM] if page.quick else list(OPTIMIZERS)
+    replicas = [4] if page.quick else [1, 4]
+    cases = list(product(SYSTEMS, optimizers, replicas))
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(cases, pool.map(_ask, cases), strict=True))
     rows = [
         [
-            row.name,
-            name,
-            *(cell for n in replicas_of_table for cell in _cell(found[row.name, n][name])),
+            system,
+            optimizer,
+            *(cell for n in replicas for cell in _cells(found[system, optimizer, n])),
         ]
-        for row in ROWS_OF_TABLE
-        for name in optimizers
+        for system, optimizer in product(SYSTEMS, optimizers)
     ]
-    report.write(
-        options.output,
-        "exactness.md",
-        "# Exactness, ours and the peers'",
-        report.provenance(
-            COMMAND, options.quick, "tensorflow", "keras", "tf_keras", "keras-swa", "numpy"
-        )
-        + " tensorflow-addons 0.23.0 ran in TensorFlow 2.15.1.",
-        f"Two convolutions with BN (momentum 0.99), {ROWS:,} of scikit-learn's digits in batches "
-        f"of {BATCH}, {TRAINED} epochs of training with a snapshot after each from the {START}nd "
-        "on; the same initial weights, batches and order for all; 1 replica without a strategy, 4 "
-        "under `MirroredStrategy`. Errors are relative, and the largest that there is. Weights: "
-        "the final trainable ones against the float64 mean of the snapshots that the system says "
-        "it takes, on the scale of each array's largest entry. BN mean (on the scale of the "
-        "standard deviation, where that is larger) and variance: against the float64 statistics "
-        "of what the system's own final weights feed to the layers, pooled over batches and "
-        "replicas.",
-        report.table(header, rows),
-        _reading(),
-    )
+    header = ["system", "optimizer"]
+    for n in replicas:
+        of = f"{n} replicas: " if n > 1 else "1 replica: "
+        header += [of + part for part in ("weights", "BN mean", "BN variance")]
+    page.put("errors", table(header, rows))
+    if page.quick:
+        _check([found[system, MOMENTUM, 4] for system in SYSTEMS if "swa_dist" in system])
 
 
-def _reading() -> str:
-    return (
-        "Why the peers are off. keras-swa sets the momentum of BN layers on every batch, which a "
-        "traced training function does not see, and a learning rate of 0, in whose spite the "
-        'velocity of SGD with momentum moves the weights on; with `lr_schedule="manual"`, its '
-        "default, it does not even set that: the last epoch trains. "
-        f"One forward pass at momentum 0.99, as tensorflow-addons advises, keeps 0.99^{STEPS} = "
-        f"{0.99**STEPS:.0%} of the statistics that training left; and under `MirroredStrategy` its "
-        "optimizer mixes up the averages of variables that have the same shape, such as a BN "
-        "layer's gamma and beta. `use_ema` is another average, of all steps with weights that fall "
-        "off (0.99), and keeps the BN statistics of training: it is held against the mean of the "
-        "same epochs all the same."
+def _ask(case: tuple[str, str, int]) -> list[float] | str:
+    """Return the errors of a system, or what went wrong."""
+    system, *arguments = case
+    kind, environment = SYSTEMS[system]
+    try:
+        return list(isolated.call(measure, kind, *arguments, **environment))
+    except isolated.FailedError as error:
+        return str(error)
+    finally:
+        print(f"{', '.join(map(str, case))} replicas: done.", flush=True)
+
+
+def _cells(found: list[float] | str) -> list[str]:
+    if isinstance(found, str):
+        return [found, "", ""]
+    return [f"{digits(100 * e)} %" if e >= 1e-4 else digits(e) for e in found]
+
+
+def _check(ours: list[Any]) -> None:
+    """Raise if ours is not exact, or if a kernel that is off by a thousandth does not look so.
+
+    Ours has Keras compute what BN layers are fed, so that the definition is checked, too.
+    """
+    for errors in ours:
+        assert max(errors) < 1e-6, errors
+    weights, _, variance = isolated.call(measure, "off", MOMENTUM, 4)
+    assert np.allclose([weights, variance], [1e-3, 2e-3], rtol=1e-2), (weights, variance)
+
+
+def measure(kind: str, optimizer: str, replicas: int) -> list[float]:
+    """Train, and compare what comes out with its definition.
+
+    Returns:
+        Errors of the trainable weights, BN means and BN variances.
+    """
+    import tensorflow as tf
+    from sklearn.datasets import load_digits
+
+    keras = tf.keras
+    keras.utils.set_random_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x = (images[:SAMPLES] / 16).astype("float32").reshape(-1, 8, 8, 1)
+    strategy = networks.strategy(replicas if replicas > 1 else 0)
+    with strategy.scope():
+        model = _network(keras)
+        compiled, callbacks = _prepare(keras, kind, *OPTIMIZERS[optimizer])
+        model.compile(compiled, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    ends: list[Arrays] = []
+
+    class Recorder(keras.callbacks.Callback):  # type: ignore[name-defined]
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            ends.append(_weights(self.model))
+
+    model.fit(
+        *(x, labels[:SAMPLES]),
+        batch_size=BATCH,
+        epochs=TRAINED + (kind not in ("addons", "ema")),
+        shuffle=False,
+        verbose=0,
+        callbacks=[*callbacks, Recorder()],
     )
+    if kind == "addons":
+        batches = tf.data.Dataset.from_tensor_slices(x).batch(BATCH)
+        addons.finish(model, strategy.experimental_distribute_dataset(batches))
+    final = _weights(model)
+    if kind == "off":
+        final[0] *= 1.001
+
+    # A batch is cut into equal parts.
+    cut = [np.array_split(x[i : i + BATCH], replicas) for i in range(0, SAMPLES, BATCH)]
+    mean, variance = _statistics(final, [shard for batch in cut for shard in batch])
+    scale = np.maximum(np.abs(mean), np.sqrt(variance))
+    average = [np.mean(each, axis=0) for each in zip(*ends[START - 1 : TRAINED], strict=True)]
+    trainable = [i for i in range(len(final)) if i % 5 < 3]
+    return [
+        max(np.abs(final[i] - average[i]).max() / np.abs(average[i]).max() for i in trainable),
+        (np.abs(np.concatenate(final[3::5]) - mean) / scale).max(),
+        np.abs(np.concatenate(final[4::5]) / variance - 1).max(),
+    ]
+
+
+def _prepare(keras: Any, kind: str, name: str, settings: dict[str, float]) -> tuple[Any, list[Any]]:
+    """Return a system's optimizer and callbacks."""
+    rate = settings["learning_rate"]
+    if kind == "addons":
+        inner = getattr(keras.optimizers.legacy, name)(**settings)
+        return addons.average_weights(inner, first=START * STEPS, every=STEPS), []
+    make = getattr(keras.optimizers, name)
+    if kind == "ema":
+        return make(**settings, use_ema=True), [keras.callbacks.SwapEMAWeights()]
+    if kind in ("ours", "off"):
+        from swa_dist import SWA
+
+        return make(**settings), [SWA(START, "constant", rate)]
+    from swa import tfkeras as keras_swa
+
+    schedule = ["manual"] if kind == "manual" else ["constant", rate]
+    return make(**settings), [keras_swa.SWA(START, *schedule, batch_size=BATCH)]
+
+
+def _network(keras: Any) -> Any:
+    """Return two convolutions with BN, the same weights for everyone.
+
+    `get_weights` returns kernel, gamma, beta, mean and variance of each, and then kernel and bias.
+    """
+    layers = keras.layers
+    x = inputs = layers.Input((8, 8, 1))
+    for filters in FILTERS:
+        x = layers.Conv2D(filters, 3, use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization(epsilon=EPSILON)(x))
+    model = keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
+    rng = np.random.default_rng(0)
+    weights = model.get_weights()
+    for i, gain in ((0, 2), (5, 2), (10, 1)):
+        shape = weights[i].shape
+        weights[i] = rng.normal(size=shape) * np.sqrt(gain / np.prod(shape[:-1]))
+    model.set_weights(weights)
+    return model
+
+
+def _weights(model: Any) -> Arrays:
+    return [array.astype("float64") for array in model.get_weights()]
+
+
+def _statistics(weights: Arrays, shards: Arrays) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return what the network's BN layers are fed, as mean and variance, by definition.
+
+    Args:
+        weights: Its weights.
+        shards: What each replica gets of each batch. It normalizes them with their own moments.
+
+    Returns:
+        Mean and population variance over all positions, of both layers' channels.
+    """
+    seen: list[Arrays] = [[] for _ in FILTERS]
+    for shard in shards:
+        x = shard.astype("float64")
+        for fed, i in zip(seen, (0, 5), strict=True):
+            kernel, gamma, beta = weights[i : i + 3]
+            windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+            x = np.einsum("nhwcij,ijcf->nhwf", windows, kernel)
+            fed.append(x.reshape(-1, x.shape[-1]))
+            normal = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + EPSILON)
+            x = np.maximum(normal * gamma + beta, 0)
+    pooled = [np.concatenate(positions) for positions in seen]
+    return np.concatenate([x.mean(0) for x in pooled]), np.concatenate([x.var(0) for x in pooled])
 
 
 if __name__ == "__main__":

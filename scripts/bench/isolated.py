@@ -8,107 +8,83 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+KERAS_VERSIONS = {"Keras 3": False, "tf_keras": True}  # whether `tf.keras` is tf_keras
 
 # tensorflow-addons ended with TensorFlow 2.15: `./scripts/benchmark` makes it an environment.
-ADDONS = ROOT / ".venv-addons" / "bin" / "python"
+ADDONS = str(ROOT / ".venv-addons" / "bin" / "python")
 
 
 class FailedError(Exception):
-    """The function, or its process, did not get through: the first line of the error."""
+    """The function, or its process, failed: type and first line of the error."""
 
 
 def call(
     function: Callable[..., Any],
     *arguments: Any,
-    replicas: int = 1,
     legacy: bool = False,
-    python: str | os.PathLike = sys.executable,
+    python: str = sys.executable,
     gpu: bool = False,
+    **named: Any,
 ) -> Any:
-    """Call a function of a module in another process.
+    """Call a function of a module in another process, whose CPU is split into 4 virtual ones.
+
+    Arguments and result travel as JSON.
 
     Args:
-        function: What to call; it finds TensorFlow's CPU split.
-        *arguments: What JSON takes.
-        replicas: How many virtual CPUs there are.
+        function: What to call.
+        *arguments: Its arguments.
         legacy: Whether `tf.keras` is tf_keras.
         python: The interpreter, and so the environment.
         gpu: Whether it sees GPUs, too.
-
-    Returns:
-        What it returns, as it comes out of JSON.
+        **named: More arguments of the function.
 
     Raises:
-        FailedError: It raised, or its process ended without a word.
+        FailedError: It raised, or its process ended early.
     """
     environment = dict(os.environ, TF_CPP_MIN_LOG_LEVEL="3", TF_FORCE_GPU_ALLOW_GROWTH="true")
+    environment["TF_USE_LEGACY_KERAS"] = "1" if legacy else "0"
     if not gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    environment.pop("TF_USE_LEGACY_KERAS", None)
-    if legacy:
-        environment["TF_USE_LEGACY_KERAS"] = "1"
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "answer.json"
-        command = [
-            *(os.fspath(python), "-m", __name__, _home(function), function.__name__),
-            *(json.dumps(arguments), str(replicas), str(answer)),
-        ]
-        try:
-            process = subprocess.run(
-                command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-            )
-        except OSError as error:
-            raise FailedError(f"there is no environment for it: {error.strerror}") from error
-        if not answer.exists():
-            lines = process.stderr.strip().splitlines() or ["no word"]
-            raise FailedError(f"ended with {process.returncode}: {lines[-1]}")
-        result = json.loads(answer.read_text())
-    if "error" in result:
-        raise FailedError(result["error"])
-    return result["value"]
+    module = function.__module__
+    if module == "__main__":
+        module = str(sys.modules[module].__spec__.name)  # type: ignore[union-attr]
+    command = [python, "-m", __name__, module, function.__name__, json.dumps([arguments, named])]
+    if not Path(python).exists():
+        raise FailedError("there is no environment for it")
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        last = (process.stderr.strip() or "no message").splitlines()[-1]
+        raise FailedError(f"ended with {process.returncode}: {last}")
+    answer = json.loads(process.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise FailedError(answer["error"])
+    return answer["value"]
 
 
-def _home(function: Callable[..., Any]) -> str:
-    """Return the name under which another process can import a function's module."""
-    if function.__module__ != "__main__":
-        return function.__module__
-    return str(sys.modules["__main__"].__spec__.name)  # type: ignore[union-attr]
-
-
-def describe(error: BaseException) -> str:
-    """Return an error's type and the first line of what it says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Keras puts the traceback of the graph's function before the reason.
-    if lines and lines[0].startswith("in user code"):
-        lines = [lines[-1]]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
-
-
-def main(module: str, name: str, arguments: str, replicas: str, answer: str) -> None:
+def main(module: str, name: str, arguments: str) -> None:
     """Do what `call` asks for, in the process that it has started."""
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("ERROR")
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * 4,
+    )
+    positional, named = json.loads(arguments)
     try:
-        import tensorflow as tf
-
-        tf.get_logger().setLevel("ERROR")
-        tf.config.set_logical_device_configuration(
-            tf.config.list_physical_devices("CPU")[0],
-            [tf.config.LogicalDeviceConfiguration()] * int(replicas),
-        )
-        value = getattr(import_module(module), name)(*json.loads(arguments))
-        result = {"value": value}
+        answer = {"value": getattr(import_module(module), name)(*positional, **named)}
     except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        result = {"error": describe(error)}
-    Path(answer).write_text(json.dumps(result))
+        lines = str(error).strip().splitlines() or [""]
+        # Keras puts the traceback of the graph's function before the reason.
+        line = lines[-1 if lines[0].startswith("in user code") else 0]
+        answer = {"error": f"{type(error).__name__}: {line.strip()[:200]}"}
+    print("\n" + json.dumps(answer))
 
 
 if __name__ == "__main__":

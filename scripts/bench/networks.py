@@ -1,87 +1,30 @@
-"""The networks that are measured."""
+"""The networks that are measured, and the strategies under which they are."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-Arrays = list[NDArray[Any]]
-
-FILTERS = (16, 32)  # of the small network's convolutions, 3 by 3
-EPSILON = 1e-3  # Keras's default
+from scripts import demo
 
 
-def mirrored(replicas: int) -> Any:
-    """Return a strategy of that many virtual CPUs."""
+def strategy(replicas: int) -> Any:
+    """Return a strategy of that many virtual CPUs, or of the GPU if there is one; none for 0."""
     import tensorflow as tf
 
+    if not replicas:
+        return tf.distribute.get_strategy()
+    kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
     # The default way to add up gradients fails on CPUs in some combinations.
     return tf.distribute.MirroredStrategy(
-        [f"CPU:{i}" for i in range(replicas)],
+        [f"{kind}:{i}" for i in range(replicas)],
         cross_device_ops=tf.distribute.ReductionToOneDevice(),
     )
 
 
-def small(keras: Any) -> Any:
-    """Return a network of two convolutions with BN, for digits of 8 by 8 pixels."""
-    layers = keras.layers
-    x = inputs = layers.Input((8, 8, 1))
-    for filters in FILTERS:
-        x = layers.Conv2D(filters, 3, use_bias=False)(x)
-        x = layers.ReLU()(layers.BatchNormalization(epsilon=EPSILON)(x))
-    x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(inputs, layers.Dense(10)(x))
+def build(name: str, *sizes: Any) -> Any:
+    """Return one of the networks below, or the demo's, of this process's Keras."""
+    import tensorflow as tf
 
-
-def small_weights(seed: int) -> list[Arrays]:
-    """Return initial weights of the small network, layer by layer."""
-    rng = np.random.default_rng(seed)
-    weights, channels = [], 1
-    for filters in FILTERS:
-        scale = np.sqrt(2 / (9 * channels))
-        weights += [[scale * rng.normal(size=(3, 3, channels, filters))]]
-        weights += [[np.ones(filters), np.zeros(filters), np.zeros(filters), np.ones(filters)]]
-        channels = filters
-    weights += [[rng.normal(size=(channels, 10)) / np.sqrt(channels), np.zeros(10)]]
-    return [[array.astype("float32") for array in layer] for layer in weights]
-
-
-def set_by_layer(model: Any, weights: Sequence[Arrays]) -> None:
-    """Give a model weights, layer by layer."""
-    layers = [layer for layer in model.layers if layer.weights]
-    for layer, arrays in zip(layers, weights, strict=True):
-        layer.set_weights(arrays)
-
-
-def get_by_layer(model: Any) -> list[Arrays]:
-    """Return copies of a model's weights, layer by layer."""
-    layers = [layer for layer in model.layers if layer.weights]
-    return [[np.array(array, copy=True) for array in layer.get_weights()] for layer in layers]
-
-
-def small_statistics(weights: list[Arrays], shards: list[NDArray[Any]]) -> list[tuple[Any, Any]]:
-    """Return what the small network's BN layers are fed, as mean and variance, by definition.
-
-    Args:
-        weights: Its weights, layer by layer.
-        shards: What each replica gets of each batch. It normalizes them with their own moments.
-
-    Returns:
-        Float64 mean and population variance over all rows, for each BN layer.
-    """
-    seen: list[Arrays] = [[] for _ in FILTERS]
-    for shard in shards:
-        x = shard.astype("float64")
-        for i in range(len(FILTERS)):
-            (kernel,), (gamma, beta, *_) = weights[2 * i : 2 * i + 2]
-            windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
-            x = np.einsum("nhwcij,ijcf->nhwf", windows, kernel.astype("float64"))
-            seen[i].append(x.reshape(-1, x.shape[-1]))
-            normal = (x - x.mean((0, 1, 2))) / np.sqrt(x.var((0, 1, 2)) + EPSILON)
-            x = np.maximum(normal * gamma.astype("float64") + beta, 0)
-    pooled = [np.concatenate(rows) for rows in seen]
-    return [(rows.mean(0), rows.var(0)) for rows in pooled]
+    functions = (application, demo.build_model, equal_layers, equal_weights, without_bn)
+    return {function.__name__: function for function in functions}[name](tf.keras, *sizes)
 
 
 def equal_weights(keras: Any, parameters: int, variables: int) -> Any:
@@ -108,6 +51,35 @@ def equal_layers(keras: Any, width: int, depth: int, dtype: str = "float32") -> 
     )
 
 
-def resnet50(keras: Any, pixels: int = 224) -> Any:
-    """Return Keras's ResNet-50 with random weights: 25.6 M parameters, 53 BN layers."""
-    return keras.applications.ResNet50(weights=None, input_shape=(pixels, pixels, 3))
+def without_bn(keras: Any) -> Any:
+    """Return two convolutions and a dense layer, for images of 28 x 28."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            layers.Input((28, 28, 1)),
+            layers.Conv2D(16, 3, strides=2, activation="relu"),
+            layers.Conv2D(32, 3, strides=2, activation="relu"),
+            layers.Flatten(),
+            layers.Dense(10),
+        ]
+    )
+
+
+def plain(keras: Any, shape: tuple[int, int, int]) -> Any:
+    """Return three convolutions and two dense layers, with BN as Keras makes it by default."""
+    layers = keras.layers
+    inputs = x = layers.Input(shape)
+    for filters, strides in ((16, 2), (32, 1), (32, 2)):
+        x = layers.Conv2D(filters, 3, strides=strides, padding="same", use_bias=False)(x)
+        x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.Dense(64, use_bias=False)(layers.Flatten()(x))
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    return keras.Model(inputs, layers.Dense(10)(x))
+
+
+def application(keras: Any, name: str, pixels: int) -> Any:
+    """Return one of Keras's networks with random weights.
+
+    ResNet-50 has 25.6 M trainable weights in 214 variables, and 53 BN layers.
+    """
+    return getattr(keras.applications, name)(weights=None, input_shape=(pixels, pixels, 3))

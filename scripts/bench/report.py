@@ -1,41 +1,86 @@
-"""What a measurement hands to its readers: tables, spreads, and how to make them again."""
+"""Pages of results: their text is written by hand, their tables are measured."""
 
 import argparse
 import datetime
 import os
 import platform
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 RESULTS = Path(__file__).parents[1] / "results"
 QUICK = Path(tempfile.gettempdir()) / "swa_dist-quick"
+PACKAGES = ("tensorflow", "keras", "tf_keras", "keras-swa", "numpy")
 
 
-@dataclass(frozen=True)
-class Spread:
-    """A median, and the quartiles that say how far single measurements lie around it."""
+class Page:
+    """A page of which some blocks are measured: between `<!-- NAME -->` and `<!-- end -->`.
 
-    median: float
-    low: float
-    high: float
-    n: int
+    All else in the file is kept. Reads the options `--quick` and `--output`.
 
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Sum up repeated measurements of one quantity."""
-        low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-        return cls(float(median), float(low), float(high), len(values))
+    Args:
+        name: Name of the file.
+        command: What to type for it.
+        note: What else the block "made" says.
+    """
 
-    def show(self, unit: str = "", scale: float = 1.0) -> str:
-        """Return `median [lower quartile, upper quartile] unit`, in multiples of `scale`."""
-        median, low, high = (digits(v / scale) for v in (self.median, self.low, self.high))
-        return f"{median} [{low}, {high}] {unit}".rstrip()
+    def __init__(self, name: str, command: str, note: str = "") -> None:
+        parser = argparse.ArgumentParser(prog=command, description=f"Measure {name} anew.")
+        parser.add_argument(
+            "--quick", action="store_true", help="run every line of code, at sizes that say little"
+        )
+        where = f"folder (default: scripts/results; with --quick {QUICK})"
+        parser.add_argument("--output", type=Path, help=where)
+        options = parser.parse_args()
+        self.quick: bool = options.quick
+        self.output: Path = (options.output or (QUICK if self.quick else RESULTS)).resolve()
+        self._path = self.output / name
+        if self.output != RESULTS:
+            self.output.mkdir(parents=True, exist_ok=True)
+            shutil.copy(RESULTS / name, self._path)
+        self._targets: list[list[str]] = []
+        self.put("made", f"{provenance(command, self.quick)} {note}".strip())
+
+    def measure(self, *sections: Callable[["Page"], None]) -> None:
+        """Measure one section after the other; what there is after each is in the file."""
+        for section in sections:
+            print(f"{section.__doc__} ...", flush=True)
+            section(self)
+        print(f"Wrote {self._path}.", flush=True)
+
+    def put(self, block: str, *paragraphs: str) -> None:
+        """Replace a block."""
+        text, new = self._path.read_text(), "\n\n".join(p.strip("\n") for p in paragraphs)
+        lines = rf"^<!-- {block} -->\n.*?^<!-- end -->$"
+        parts = re.split(lines, text, flags=re.MULTILINE | re.DOTALL)
+        if len(parts) != 2:
+            raise ValueError(f"{self._path} must have one block `<!-- {block} -->`.")
+        self._path.write_text(f"<!-- {block} -->\n\n{new}\n\n<!-- end -->".join(parts))
+
+    def aim(self, what: str, found: Any, at_most: float) -> None:
+        """State a target, and whether the median of what was found meets it."""
+        median = float(np.median(found))
+        outcome = "met" if median <= at_most else "missed"
+        self._targets.append([what, digits(at_most), digits(median), outcome])
+        self.put("targets", table(["target", "at most", "found", ""], self._targets))
+
+
+def spread(values: Any, unit: str = "", scale: float = 1.0) -> str:
+    """Return `median [lower quartile, upper quartile] unit`, in multiples of `scale`."""
+    low, median, high = (digits(v / scale) for v in np.quantile(values, [0.25, 0.5, 0.75]))
+    return f"{median} [{low}, {high}] {unit}".rstrip()
+
+
+ms = partial(spread, unit="ms", scale=1e-3)
+us = partial(spread, unit="µs", scale=1e-6)
+s = partial(spread, unit="s")
 
 
 def digits(value: float) -> str:
@@ -48,41 +93,6 @@ def digits(value: float) -> str:
     return f"{value:,.{min(max(decimals, 0), 3)}f}"
 
 
-class Page:
-    """What was found so far: paragraphs, and which targets were met.
-
-    Args:
-        options: What `arguments` has read.
-        name: Name of the file.
-        introduction: The paragraphs at its beginning, the title first.
-    """
-
-    def __init__(self, options: argparse.Namespace, name: str, *introduction: str) -> None:
-        self.quick: bool = options.quick
-        self.output: Path = options.output
-        self._name = name
-        self._introduction = introduction
-        self._targets: list[list[str]] = []
-        self._paragraphs: list[str] = []
-
-    def add(self, *paragraphs: str) -> None:
-        """Add paragraphs or tables."""
-        self._paragraphs += paragraphs
-
-    def aim(self, what: str, found: float, at_most: float, cause: str) -> None:
-        """State a target, whether it was met, and if not, why."""
-        missed = "missed, at these sizes" if self.quick else f"missed: {cause}"
-        outcome = "met" if found <= at_most else missed
-        self._targets.append([what, digits(at_most), digits(found), outcome])
-
-    def write(self) -> None:
-        """Write down what there is."""
-        targets = table(["target", "at most", "found", ""], self._targets)
-        write(
-            self.output, self._name, *self._introduction, "## Targets", targets, *self._paragraphs
-        )
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
@@ -90,57 +100,16 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
-def arguments(description: str, command: str) -> argparse.Namespace:
-    """Read `--quick` and `--output`, the options that all measurements have.
-
-    What is made quickly says little: it goes to a temporary folder unless told otherwise.
-    """
-    parser = argparse.ArgumentParser(prog=command, description=description)
-    parser.add_argument(
-        "--quick", action="store_true", help="run every line of code, at sizes that say little"
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        help=f"folder (default: {RESULTS.parent.name}/{RESULTS.name}; "
-        "with --quick a temporary one)",
-    )
-    options = parser.parse_args()
-    if options.output is None:
-        options.output = QUICK if options.quick else RESULTS
-    options.output.mkdir(parents=True, exist_ok=True)
-    return options
-
-
-def provenance(command: str, quick: bool, *packages: str) -> str:
-    """Return the sentence that says what made a page: command, date, machine and versions.
-
-    Args:
-        command: What to type.
-        quick: Whether it was made with `--quick`.
-        packages: Names of the packages whose versions matter.
-    """
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+def provenance(command: str, quick: bool = False) -> str:
+    """Return the sentence that says what made a page: command, date, machine and versions."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     made = (
         f"Made by `{command}{' --quick' if quick else ''}` on {datetime.date.today()}, on "
-        f"{os.cpu_count()} cores of {_processor()}, {platform.system()}, with Python "
-        f"{platform.python_version()}, {versions}."
+        f"{os.cpu_count()} cores of {[*names, platform.machine()][0]}, {platform.system()}, with "
+        f"Python {platform.python_version()}, {versions}."
     )
     if quick:
-        made += " **A quick run: it shows that all of it works. Its numbers say little.**"
+        made += " **A quick run, at other sizes than the text says: its numbers say little.**"
     return made
-
-
-def _processor() -> str:
-    try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
-
-
-def write(folder: Path, name: str, *paragraphs: str) -> None:
-    """Write a page of paragraphs and tables, and say where it is."""
-    path = folder / name
-    path.write_text("\n\n".join(paragraph.strip("\n") for paragraph in paragraphs) + "\n")
-    print(f"Wrote {path}.", flush=True)

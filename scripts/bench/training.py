@@ -1,216 +1,135 @@
-"""What averaging costs training: its BN pass, a whole `fit`, a step, an update in every step."""
+"""What averaging costs in a `fit`: its steps, its hooks, its BN pass, and what is done once."""
 
-import time
-from collections.abc import Callable
+import gc
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from scripts.bench import networks, peers
-from scripts.bench.clock import step_timer, time_hooks
-from scripts.demo import build_model as demo_network
+from scripts.bench import addons, memory, networks
+from scripts.bench.averaging import KERAS_SWA, OURS
+from scripts.bench.clock import CLOCKS, alternate, time_hooks, timed, timer
 
-PLAIN, EMPTY, OURS, EMA, ADDONS = "plain", "empty callback", "ours", "use_ema", "addons"
-BATCH = 80  # the demo's
+PLAIN, EMPTY = "plain", "empty callback"
+UPDATE, EMA, ADDONS = "`WeightAverage.update()`", "`use_ema`", "tensorflow-addons SWA"
 
-
-def bn_pass(network: str, replicas: int, steps: int) -> dict[str, list[float]]:
-    """Time the steps of a training epoch and those of the BN pass that follows, in one `fit`.
-
-    Returns:
-        Seconds of each step but the first, which is traced: of "training", and of the "pass". The
-        last step of the pass comes with the end of it.
-    """
-    from swa_dist import SWA
-
-    model, batch = _network(network, replicas)
-    timer = step_timer()
-    model.fit(_repeated(batch, steps), epochs=3, verbose=0, callbacks=[SWA(1), timer])
-    _, training, bn_pass = timer.steps
-    return {"training": training[1:-1], "pass": bn_pass[1:]}
+Fit = dict[str, Any]
 
 
-def whole_fit(network: str, rounds: int, epochs: int, steps: int) -> dict[str, list[float]]:
-    """Time `fit` with and without SWA, each with a new model, in turns.
+def fits(
+    contenders: list[str],
+    network: list[Any],
+    batch: int,
+    steps: int,
+    epochs: int,
+    *,
+    start: int = 1,
+    replicas: int = 0,
+    rounds: int = 1,
+    warm_up: int = 0,
+    clock: str = "wall",
+    each_step: bool = True,
+    policy: str = "float32",
+) -> dict[str, list[Fit]]:
+    """Fit a new model for each contender, in turns, on one batch again and again.
 
-    Returns:
-        Seconds of "plain" and "ours"; and what ours does only once in them: the "trace" of the BN
-        pass (its first step, beyond the median of the others), and in "hooks" the longest call of
-        each of SWA's hooks, which traces or makes what later ones use.
-    """
-    import tensorflow as tf
-
-    from swa_dist import SWA
-
-    seconds: dict[str, list[float]] = {PLAIN: [], OURS: [], "trace": [], "hooks": []}
-    for i in range(-1, rounds):
-        for what in (PLAIN, OURS):
-            tf.keras.backend.clear_session()
-            model, batch = _network(network, replicas=1)
-            swa, timer = SWA(epochs * 3 // 4), step_timer()
-            spent = time_hooks(swa)
-            callbacks = [swa, timer] if what == OURS else [timer]
-            began = time.perf_counter()
-            model.fit(_repeated(batch, steps), epochs=epochs, verbose=0, callbacks=callbacks)
-            took = time.perf_counter() - began
-            if i < 0:  # things that a process does for the first time
-                continue
-            seconds[what].append(took)
-            if what == OURS:
-                first, *others = timer.steps[-1]
-                seconds["trace"].append(max(first - float(np.median(others)), 0.0))
-                seconds["hooks"].append(sum(map(max, spent.values())))
-    return seconds
-
-
-def hooks(rounds: int, epochs: int, steps: int) -> dict[str, list[float]]:
-    """Time the steps of a tiny network before averaging begins, with nothing in them but hooks.
+    Args:
+        contenders: Whatever averages, or not, or does so in every step.
+        network: What `networks.build` takes.
+        batch: Its size.
+        steps: Of an epoch.
+        epochs: Of a `fit`.
+        start: The epoch in which averaging begins, from 1.
+        replicas: How many there are; 0 for no strategy.
+        rounds: How often each contender fits.
+        warm_up: Rounds before.
+        clock: Name of the clock.
+        each_step: Whether steps and SWA's hooks are timed, or epochs only.
+        policy: Of dtypes.
 
     Returns:
-        Seconds per step, one for each epoch: without a callback, with one that does nothing, and
-        with SWA.
+        For each fit the "total" of seconds; "times" of the steps, epoch by epoch; "hooks", the
+        times of each call of SWA's hooks; and the process's "peak" of memory so far.
     """
     import tensorflow as tf
 
-    from swa_dist import SWA
+    keras, now = tf.keras, CLOCKS[clock]
+    keras.mixed_precision.set_global_policy(policy)
+    rng = np.random.default_rng(0)
 
-    keras = tf.keras
+    def fit(what: str) -> Fit:
+        keras.backend.clear_session()
+        with networks.strategy(replicas).scope():
+            model = networks.build(*network)
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+            model.compile(_optimizer(keras, what, legacy=ADDONS in contenders), loss)
+        x = rng.random((batch, *model.input_shape[1:]), "float32")
+        data = tf.data.Dataset.from_tensors((x, np.zeros(batch, int)))
+        clockwork, callbacks = timer(now, each_step), _callbacks(keras, what, model, start)
+        hooks = time_hooks(callbacks[0], now) if what == OURS and each_step else {}
+        callbacks = [clockwork, *callbacks]
+        # Python would else look through all that was built before, at times of its own.
+        gc.collect()
+        gc.freeze()
+        total = timed(model.fit, now)(
+            data.cache().repeat(steps), epochs=epochs, verbose=0, callbacks=callbacks
+        )
+        gc.unfreeze()
+        return {"total": total, "times": clockwork.times, "hooks": hooks, "peak": memory.peak()}
 
-    class Empty(keras.callbacks.Callback):  # type: ignore[name-defined]
+    return alternate({what: partial(fit, what) for what in contenders}, rounds, warm_up)
+
+
+def parts(fit: Fit) -> dict[str, Any]:
+    """Return what is told of a fit of ours whose last epoch is the BN pass.
+
+    Returns:
+        Seconds of steps of the "training" and of the BN "pass"; of what is done once: the "first"
+        training step, SWA's "hooks" in all, the first step of the BN pass ("bn") and its "end".
+    """
+    (first, *_), training, *_, (bn, *steady, end) = fit["times"]
+    return {
+        "training": np.array(training[1:-1]),
+        "pass": np.array(steady),
+        "first": first,
+        "hooks": sum(map(sum, fit["hooks"].values())),
+        "bn": bn,
+        "end": max(end - float(np.median(steady)), 0.0),
+    }
+
+
+def _optimizer(keras: Any, what: str, legacy: bool) -> Any:
+    optimizers = keras.optimizers.legacy if legacy else keras.optimizers
+    settings = {"use_ema": True} if what == EMA else {}
+    optimizer = optimizers.SGD(0.01, momentum=0.9, **settings)
+    return addons.average_weights(optimizer, first=1, every=1) if what == ADDONS else optimizer
+
+
+def _callbacks(keras: Any, what: str, model: Any, start: int) -> list[Any]:
+    if what == KERAS_SWA:
+        from swa import tfkeras as keras_swa
+
+        return [keras_swa.SWA(start)]
+    if what == OURS:
+        from swa_dist import SWA
+
+        return [SWA(start)]
+    if what not in (EMPTY, UPDATE):
+        return []
+    average = None
+    if what == UPDATE:
+        from swa_dist import WeightAverage
+
+        average = WeightAverage(model)
+        for _ in range(33):  # what trains for long has buffers that are means, no longer sums
+            average.update()
+
+    class EachStep(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
             pass
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            pass
+            if average:
+                average.update()
 
-    class Epochs(keras.callbacks.Callback):  # type: ignore[name-defined]
-        def on_train_begin(self, logs: Any = None) -> None:
-            self.seconds: list[float] = []
-
-        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-            self.began = time.perf_counter()
-
-        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-            self.seconds.append((time.perf_counter() - self.began) / steps)
-
-    def contender(make: Callable[[], list[Any]]) -> Callable[[], list[float]]:
-        model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(1)])
-        model.compile(keras.optimizers.SGD(0.01), "mse")
-        x = np.zeros((32 * steps, 8), "float32")
-
-        def fit() -> list[float]:
-            clock = Epochs()
-            model.fit(
-                *(x, x[:, :1]),
-                epochs=epochs,
-                batch_size=32,
-                verbose=0,
-                callbacks=[*make(), clock],
-            )
-            return clock.seconds[1:-1]  # the first traces, the last averages
-
-        return fit
-
-    fits = {
-        PLAIN: contender(list),
-        EMPTY: contender(lambda: [Empty()]),
-        OURS: contender(lambda: [SWA(epochs)]),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in fits}
-    for _ in range(rounds):
-        for name, fit in fits.items():
-            seconds[name] += fit()
-    return seconds
-
-
-def every_step(network: str, contenders: list[str], rounds: int, steps: int) -> dict[str, Any]:
-    """Time training steps that each end with an update of the average, in turns.
-
-    Returns:
-        Seconds of each step but the first ones of each round, for each contender.
-    """
-    import tensorflow as tf
-
-    keras = tf.keras
-
-    def contender(what: str) -> Callable[[], list[float]]:
-        optimizers = keras.optimizers.legacy if ADDONS in contenders else keras.optimizers
-        settings = {"use_ema": True} if what == EMA else {}
-        optimizer = optimizers.SGD(0.01, momentum=0.9, **settings)
-        if what == ADDONS:
-            optimizer = peers.addons_optimizer(optimizer, first=1, every=1)
-        model, batch = _network(network, None, optimizer)
-        callbacks = [_updater(model)] if what == OURS else []
-
-        def fit() -> list[float]:
-            timer = step_timer()
-            model.fit(_repeated(batch, steps), verbose=0, callbacks=[*callbacks, timer])
-            return list(timer.steps[0][2:-1])
-
-        return fit
-
-    fits = {what: contender(what) for what in contenders}
-    seconds: dict[str, list[float]] = {what: [] for what in contenders}
-    for i in range(rounds + 1):
-        for what, fit in fits.items():
-            times = fit()
-            seconds[what] += times if i else []
-    return seconds
-
-
-def _network(network: str, replicas: int | None, optimizer: Any = None) -> tuple[Any, Any]:
-    """Return a compiled network, and one batch that it could be fed."""
-    import tensorflow as tf
-
-    keras = tf.keras
-    rng = np.random.default_rng(0)
-    strategy = networks.mirrored(replicas) if replicas else tf.distribute.get_strategy()
-    with strategy.scope():
-        model = {
-            "demo": lambda: demo_network(keras),
-            "no BN": lambda: _without_bn(keras),
-            "resnet50": lambda: networks.resnet50(keras, pixels=64),
-        }[network]()
-        model.compile(
-            optimizer or keras.optimizers.SGD(0.01, momentum=0.9),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-    rows = 16 if network == "resnet50" else BATCH
-    x = rng.random((rows, *model.input_shape[1:]), "float32")
-    return model, (x, rng.integers(0, 10, rows))
-
-
-def _repeated(batch: Any, steps: int) -> Any:
-    """Return a dataset of so many batches, all the same: no time goes into making them."""
-    import tensorflow as tf
-
-    return tf.data.Dataset.from_tensors(batch).cache().repeat(steps)
-
-
-def _without_bn(keras: Any) -> Any:
-    layers = keras.layers
-    return keras.Sequential(
-        [
-            layers.Input((28, 28, 1)),
-            layers.Conv2D(16, 3, strides=2, activation="relu"),
-            layers.Conv2D(32, 3, strides=2, activation="relu"),
-            layers.Flatten(),
-            layers.Dense(10),
-        ]
-    )
-
-
-def _updater(model: Any) -> Any:
-    import tensorflow as tf
-
-    from swa_dist import WeightAverage
-
-    average = WeightAverage(model)
-    for _ in range(33):  # what trains for long has buffers that are means, no longer sums
-        average.update()
-
-    class Updater(tf.keras.callbacks.Callback):
-        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-            average.update()
-
-    return Updater()
+    return [EachStep()]

@@ -1,27 +1,11 @@
-"""How each peer is used, as its own documentation says.
-
-Each needs what it was made for: keras-swa tf_keras as `tf.keras` (`TF_USE_LEGACY_KERAS=1`),
-tensorflow-addons TensorFlow 2.15. So nothing is imported before it is asked for.
-"""
+"""How tensorflow-addons' SWA is used, as its own documentation says: with TensorFlow 2.15."""
 
 import warnings
 from collections.abc import Iterable
 from typing import Any
 
 
-def keras_swa_callback(
-    start_epoch: int, lr_schedule: str = "manual", swa_lr: float | str = "auto", **arguments: Any
-) -> Any:
-    """Return keras-swa 0.1.7's callback.
-
-    With BN layers it wants `batch_size`, and makes the last epoch its BN pass.
-    """
-    from swa.tfkeras import SWA
-
-    return SWA(start_epoch, lr_schedule, swa_lr, **arguments)
-
-
-def addons_optimizer(optimizer: Any, first: int, every: int) -> Any:
+def average_weights(optimizer: Any, first: int, every: int) -> Any:
     """Return tensorflow-addons' SWA around one of `tf.keras.optimizers.legacy`.
 
     Args:
@@ -36,7 +20,7 @@ def addons_optimizer(optimizer: Any, first: int, every: int) -> Any:
     return SWA(optimizer, start_averaging=first - 1, average_period=every)
 
 
-def finish_addons(model: Any, batches: Iterable[Any]) -> None:
+def finish(model: Any, batches: Iterable[Any]) -> None:
     """Do what its documentation advises at the end of training.
 
     `assign_average_vars`; then, "if your model has batch-normalization layers", "a forward pass

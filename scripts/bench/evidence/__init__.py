@@ -1,1 +1,0 @@
-"""Does averaging make models better? Contenders trained side by side, and what to make of them."""
