@@ -57,12 +57,7 @@ class Page:
 
     def put(self, block: str, *paragraphs: str) -> None:
         """Replace a block."""
-        text, new = self._path.read_text(), "\n\n".join(p.strip("\n") for p in paragraphs)
-        lines = rf"^<!-- {block} -->\n.*?^<!-- end -->$"
-        parts = re.split(lines, text, flags=re.MULTILINE | re.DOTALL)
-        if len(parts) != 2:
-            raise ValueError(f"{self._path} must have one block `<!-- {block} -->`.")
-        self._path.write_text(f"<!-- {block} -->\n\n{new}\n\n<!-- end -->".join(parts))
+        put(self._path, block, *paragraphs)
 
     def aim(self, what: str, found: Any, at_most: float) -> None:
         """State a target, and whether the median of what was found meets it."""
@@ -70,6 +65,16 @@ class Page:
         outcome = "met" if median <= at_most else "missed"
         self._targets.append([what, digits(at_most), digits(median), outcome])
         self.put("targets", table(["target", "at most", "found", ""], self._targets))
+
+
+def put(path: Path, block: str, *paragraphs: str) -> None:
+    """Replace a block of a page."""
+    text, new = path.read_text(), "\n\n".join(p.strip("\n") for p in paragraphs)
+    lines = rf"^<!-- {block} -->\n.*?^<!-- end -->$"
+    parts = re.split(lines, text, flags=re.MULTILINE | re.DOTALL)
+    if len(parts) != 2:
+        raise ValueError(f"{path} must have one block `<!-- {block} -->`.")
+    path.write_text(f"<!-- {block} -->\n\n{new}\n\n<!-- end -->".join(parts))
 
 
 def spread(values: Any, unit: str = "", scale: float = 1.0) -> str:
@@ -100,9 +105,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in cells)
 
 
-def provenance(command: str, quick: bool = False) -> str:
+def provenance(command: str, quick: bool = False, packages: Sequence[str] = PACKAGES) -> str:
     """Return the sentence that says what made a page: command, date, machine and versions."""
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
     made = (
