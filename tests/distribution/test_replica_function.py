@@ -1,6 +1,7 @@
 """What every replica runs: the same with a graph and without, and never half of it."""
 
 import _thread
+import signal
 import time
 
 import numpy as np
@@ -101,7 +102,16 @@ def test_a_graph_does_the_same_bit_by_bit(strategy, monkeypatch):
     assert "graph" not in vars(eager._update)
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also in a process that was started to ignore it, as in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("replicas", [0, 2])
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_comes_through_when_all_replicas_have_finished(replicas, request):
     strategy = request.getfixturevalue("two_replicas") if replicas else NO_STRATEGY
     first, last = made_in(strategy, 0, 0)
