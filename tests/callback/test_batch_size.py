@@ -12,6 +12,8 @@ from tests.helpers.assertions import assert_statistics
 from tests.helpers.data import positions
 from tests.helpers.kit import KITS
 
+pytestmark = pytest.mark.either_keras
+
 X = (np.random.default_rng(0).normal(size=(22, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
 Y = np.random.default_rng(1).normal(size=(22, 1)).astype("float32")
 BATCH = 8  # 8, 8, 6

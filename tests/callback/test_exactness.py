@@ -94,6 +94,7 @@ def test_replicas_without_samples(kit, two_replicas):
     kit.assert_replicas_agree(model)
 
 
+@pytest.mark.either_keras
 def test_without_replicas(kit):
     model, taps, norms = build(kit)
     recorder = kit.Recorder()
@@ -124,6 +125,7 @@ def samples(n, seed=0):
     return rng.normal(size=(n, 3)).astype("float32"), rng.normal(size=(n, 1)).astype("float32")
 
 
+@pytest.mark.either_keras
 def test_without_bn_the_last_epoch_trains_and_is_averaged(kit, two_replicas):
     model = dense(kit, two_replicas)
     recorder, swa = kit.Recorder(), kit.SWA(start_epoch=2, swa_freq=2)
@@ -156,6 +158,7 @@ def test_each_batch_has_the_rate_of_the_papers_schedule(kit, schedule):
     np.testing.assert_allclose(history["learning_rate"], [e[-1] for e in expected], rtol=1e-6)
 
 
+@pytest.mark.either_keras
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras 3, after epoch 1
 def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit):
     model = dense(kit, rate=0.4)
@@ -177,6 +180,7 @@ def test_cyclic_learns_its_steps_where_fit_does_not_know_them(kit):
     assert swa.inferred_batch_size == 8
 
 
+@pytest.mark.either_keras
 def test_history_has_zero_for_the_bn_pass_and_the_rate_is_restored(kit):
     model, *_ = build(kit)
     recorder = kit.Recorder()
@@ -213,6 +217,7 @@ def test_the_lines_of_keras_swa_are_printed_verbatim(kit, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.either_keras
 def test_weights_are_bitwise_what_training_without_the_callback_visits(kit, two_replicas):
     visited = []
     for callbacks in ([], [kit.SWA(start_epoch=2)]):

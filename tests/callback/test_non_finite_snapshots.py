@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from swa_dist import SWAWarning
 from tests.helpers.assertions import assert_bitwise, assert_exact
 from tests.helpers.callbacks import at, stop
 from tests.helpers.data import data
@@ -54,7 +55,7 @@ def test_a_replica_without_samples_is_named_as_the_cause(kit, two_replicas):
     message = r"fewer samples than there are replicas|no snapshot"
     with pytest.warns(UserWarning, match=message) as all_:
         fit(kit, model, fed=data(9), batch_size=8, epochs=3)
-    assert len(all_) == 2
+    assert len([w for w in all_ if w.category is SWAWarning]) == 2  # NumPy may warn of Keras
 
 
 def test_the_name_of_what_is_not_finite_is_right_after_a_layer_was_frozen(kit):

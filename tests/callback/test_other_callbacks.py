@@ -15,6 +15,8 @@ from tests.helpers.interruptions import KilledError
 from tests.helpers.kit import KITS
 from tests.helpers.models import RATE, build
 
+pytestmark = pytest.mark.either_keras
+
 EPOCHS, STEPS = 5, 3
 
 # The checkpoints that Keras writes of one epoch: the whole model, and the weights alone.

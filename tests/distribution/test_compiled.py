@@ -19,7 +19,7 @@ from tests.helpers.fits import fit
 from tests.helpers.models import build
 from tests.helpers.variables import average_of, mirrored_variables
 
-pytestmark = pytest.mark.optimized_graphs
+pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
 
 
 def device_functions(kit):

@@ -9,7 +9,8 @@ from tests.helpers.fits import fit
 from tests.helpers.models import build
 from tests.helpers.processes import run_python
 
-pytestmark = pytest.mark.optimized_graphs
+pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
+
 
 DEVICES = devices(4)
 

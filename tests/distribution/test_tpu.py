@@ -20,7 +20,7 @@ from tests.helpers.models import build, norm_of
 from tests.helpers.tpu_on_cpus import tpu_on_cpus
 from tests.helpers.variables import average_of, copies, mirrored_variables
 
-pytestmark = pytest.mark.optimized_graphs
+pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
 
 
 @pytest.fixture(params=[2, 4])

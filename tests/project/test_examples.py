@@ -211,6 +211,7 @@ class Shown(doctest.OutputChecker):
         return got.endswith(want)
 
 
+@pytest.mark.either_keras
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")  # Keras 3's own
 def test_the_examples_of_docstrings(kit, two_replicas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -258,6 +259,7 @@ def test_the_examples_of_docstrings(kit, two_replicas, tmp_path, monkeypatch):
         assert runner.run(example, out=printed.append).failed == 0, "".join(printed)
 
 
+@pytest.mark.either_keras
 def test_the_custom_training_loop(kit, blocks, two_replicas):
     (example,) = (b for b in blocks(GUIDE) if "GradientTape" in b)
     rng, layers = np.random.default_rng(0), kit.keras.layers
