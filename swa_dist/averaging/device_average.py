@@ -138,7 +138,8 @@ class DeviceAverage(tf.Module):
                 ),
             )
 
-        tf.cond(has_own_weights, copy, lambda: None)  # TPUs ignore assertions
+        # TPUs ignore assertions. Without an update there is nothing to copy.
+        tf.cond(tf.logical_and(has_own_weights, terms > 0), copy, lambda: None)
 
     def _normalize_replica(self) -> None:
         groups, divisor = self._local_groups(), LocalCopy(self.divisor)

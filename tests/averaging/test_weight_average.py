@@ -335,3 +335,12 @@ def test_an_update_compiles_under_xla():
     variables[0].assign(tf.fill(SHAPES[0], np.inf))
     compiled()
     assert average.n_averaged == 1
+
+
+def test_without_an_average_a_copy_leaves_the_weights_alone(strategy):
+    variables = mirrored_variables(strategy, ["float32"] * 4)
+    for v in variables:
+        v.assign(tf.ones(v.shape))
+    average_of(variables, strategy).copy_to_model()
+    for replica in copies(strategy, variables):
+        assert_bitwise(replica, [np.ones(v.shape) for v in variables])
