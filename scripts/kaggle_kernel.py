@@ -91,8 +91,16 @@ for fold in range(FOLDS):
         model.load_weights(averaged)  # of a session that was cut off later
     else:
         resume = keras.callbacks.BackupAndRestore(str(folder / "model"))
+        best_before = None
+        if best.exists():  # of a session that was cut off, which the callback has forgotten
+            model.load_weights(best)
+            best_before = model.evaluate(test, verbose=0)[1]
         save_best = keras.callbacks.ModelCheckpoint(
-            str(best), "val_accuracy", mode="max", save_best_only=True, save_weights_only=True
+            *(str(best), "val_accuracy"),
+            mode="max",
+            save_best_only=True,
+            save_weights_only=True,
+            initial_value_threshold=best_before,
         )
         swa = SWA(START, "constant", swa_lr=0.05, verbose=1, backup_dir=folder / "swa")
         callbacks = [resume, swa, save_best]

@@ -52,9 +52,9 @@ class SWACallback(_Callback):
         swa_lr: Learning rate > 0 while averaging; "auto": 0.1 of the initial rate.
         swa_lr2: Upper learning rate of a cycle, >= `swa_lr`; "auto": `swa_lr` + 0.25 (initial rate
             - `swa_lr`).
-        swa_freq: Epochs from one snapshot to the next: the weights enter the average at the ends
-            of the epochs `start_epoch` + k `swa_freq` - 1, k = 1, 2, ..., which are the ends of the
-            cycles.
+        swa_freq: Epochs from one snapshot to the next, >= 1, with "cyclic" >= 2: the weights enter
+            the average at the ends of the epochs `start_epoch` + k `swa_freq` - 1, k = 1, 2, ...,
+            which are the ends of the cycles. An incomplete last cycle is in no snapshot.
         batch_size: Global batch size, if you want to be warned when training feeds another. It is
             never needed.
         verbose: 1 prints a line when averaging begins and when the model takes the average.
@@ -159,6 +159,10 @@ class SWACallback(_Callback):
                 state[name] = None
         return state
 
+    def __repr__(self) -> str:
+        """Return the arguments that are not the default ones."""
+        return repr(self.options).replace("Options", "SWA", 1)
+
     def plan(
         self,
         epochs: int,
@@ -213,7 +217,7 @@ class SWACallback(_Callback):
             raise RuntimeError(
                 "`averaged_weights` must be called while `fit` runs, after the first snapshot, or "
                 "after an exception has ended it. Received: a call outside of it. After `fit` the "
-                "model holds the average."
+                "model holds the average, unless a callback after SWA has restored other weights."
             )
         with self._run.averaged_weights():
             yield
@@ -279,6 +283,9 @@ class SWACallback(_Callback):
             # The buffers are as large as the weights.
             self._last_progress = run.progress
             self._run = None
+
+    # Python names it in its errors.
+    __init__.__qualname__ = "SWA.__init__"
 
     def _optimizers_now(self) -> InitialOptimizers:
         return InitialOptimizers.of(self.keras_api.step_optimizers(self.model))

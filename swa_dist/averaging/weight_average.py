@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 import numpy as np
 import tensorflow as tf
@@ -61,6 +62,18 @@ class WeightAverage(DeviceAverage):
         variables = check_trainable_variables(model)
         check_strategy(strategy, variables)
         super().__init__(variables, strategy)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            TypeError: With what to do instead.
+        """
+        raise TypeError(
+            "A `WeightAverage` cannot be copied or pickled, as it works on a model's weights. "
+            "Received: a copy or pickle of one. Make one for the other model, and restore a "
+            "checkpoint of this one into it."
+        )
 
     def __dir__(self) -> list[str]:
         """Return the public names; `tf.Module` has more."""
@@ -160,9 +173,9 @@ class WeightAverage(DeviceAverage):
     def averaged_weights(self) -> Iterator[None]:
         """Have the average in the model while open; afterwards all is bitwise as it was.
 
-        Within itself it does nothing more. What is written into float32 or float64 weights
-        meanwhile becomes the average, as there is no third copy of either. What is written into
-        narrower ones is dropped.
+        Within itself it does nothing more. BN statistics are left alone: `update_bn` computes those
+        of the average. What is written into float32 or float64 weights meanwhile becomes the
+        average, as there is no third copy of either. What is written into narrower ones is dropped.
 
         Raises:
             RuntimeError: There is no average yet.

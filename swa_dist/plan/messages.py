@@ -240,9 +240,9 @@ def no_bn_pass(finished_epoch: int | None, n_averaged: int, began: bool) -> str:
         )
         remedy = "put such a callback before SWA, or let `fit` have data for every epoch"
     return (
-        f"The batch normalization statistics were not recomputed: {why}. The model holds the "
-        f"average of {n_averaged} snapshots, and of their moving statistics, which are not those "
-        f"of the averaged weights. For exact ones, {remedy}."
+        f"The batch normalization statistics were not recomputed: {why}. SWA leaves the average of "
+        f"{n_averaged} snapshots in the model, and of their moving statistics, which are not those "
+        f"of the averaged weights, unless later callbacks restore others. For exact ones: {remedy}."
     )
 
 

@@ -3,13 +3,13 @@
 import math
 import numbers
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 LR_SCHEDULES = ("manual", "constant", "cyclic")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Options:
     """The arguments of `SWA`, which documents them.
 
@@ -94,6 +94,12 @@ class Options:
             "'manual' for an optimizer whose learning rate is 0: a schedule starts from it",
             which,
         )
+
+    def __repr__(self) -> str:
+        """Return the arguments that are not the default ones."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = [f"{f.name}={given[f.name]!r}" for f in fields(self) if given[f.name] != f.default]
+        return f"Options({', '.join(shown)})"
 
     def _refuse(self, name: str, rule: str, more: str = "") -> NoReturn:
         received = f"Received: {name}={getattr(self, name)!r}."

@@ -243,14 +243,18 @@ class Plan:
             lines.append("?: depends on the optimizer's learning rate, which was not given")
         return "\n".join(lines)
 
-    def _phase(self, epoch: int) -> tuple[bool, bool, int]:
+    def _phase(self, epoch: int) -> tuple[bool, bool, bool, int]:
         """Return what the epochs of one line of the table share; it rises from line to line."""
         averages = epoch + 1 >= self.start_epoch
         rate = 0
         if self.lr_schedule != "manual" and not averages:
             fraction = self._initial_rate_fraction(epoch)
             rate = 2 - math.ceil(fraction) - math.floor(fraction)
-        return self.is_bn_pass(epoch), averages, rate
+        return self.is_bn_pass(epoch), self._is_in_vain(epoch), averages, rate
+
+    def _is_in_vain(self, epoch: int) -> bool:
+        """Return whether an epoch trains after the last snapshot: the average lacks it."""
+        return epoch > self.snapshot_epochs(0, self.epochs)[-1] and not self.is_bn_pass(epoch)
 
     def _initial_rate_fraction(self, epoch: int) -> float:
         """Return how much of the initial rate an epoch's rate has: 1 at first, 0 in the end."""
@@ -261,6 +265,8 @@ class Plan:
         if self.is_bn_pass(first):
             return "BN pass of the average", "0"
         what = "training and averaging" if first + 1 >= self.start_epoch else "training"
+        if self._is_in_vain(first):
+            what = "training, for no snapshot"
         if self.learning_rate(first) is None:
             return what, "yours"
         if self.changes_within(first):

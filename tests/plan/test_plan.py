@@ -275,6 +275,17 @@ def test_a_plan_prints_as_a_table():
     ]
 
 
+def test_a_printed_plan_shows_epochs_that_are_trained_for_no_snapshot():
+    assert str(Plan(11, 4, "cyclic", 0.01, 0.02, 3)).splitlines()[3:7] == [
+        "4 to 9  training and averaging     0.02 to 0.01 in 3 epochs",
+        "10      training, for no snapshot  0.02 to 0.01 in 3 epochs",
+        "11      BN pass of the average     0",
+        "snapshots (2): at the end of epoch 6, 9",
+    ]
+    assert "for no snapshot" not in str(Plan(10, 4, "cyclic", 0.01, 0.02, 3))
+    assert "7       training, for no snapshot" in str(Plan(7, 1, swa_freq=2, batch_norm=False))
+
+
 def test_a_printed_plan_says_what_depends_on_a_rate_it_was_not_told():
     assert str(Plan(5, 4, "constant", batch_norm=False)).splitlines() == [
         "epochs  what happens            learning rate",

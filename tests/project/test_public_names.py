@@ -1,7 +1,9 @@
 """What is public, and that it is described."""
 
 import ast
+import copy
 import inspect
+import pickle
 import re
 from importlib import metadata
 
@@ -97,6 +99,23 @@ def test_a_weight_average_shows_what_is_documented():
     ]  # fmt: skip
     for name in shown:
         assert inspect.getdoc(getattr(type(average), name))
+
+
+def test_a_weight_average_says_how_to_copy_it():
+    kit = KITS[0]
+    model = kit.keras.Sequential([kit.keras.layers.Input((3,)), kit.keras.layers.Dense(1)])
+    for make_copy in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="checkpoint of this one into it"):
+            make_copy(swa_dist.WeightAverage(model))
+
+
+@pytest.mark.parametrize("kit", KITS, ids=lambda kit: kit.name)
+def test_the_callback_is_shown_and_named_as_it_is_written(kit):
+    assert repr(kit.SWA(3)) == "SWA(start_epoch=3)"
+    shown = repr(kit.SWA(0.5, "constant", swa_lr=0.1, bn_steps=4))
+    assert shown == "SWA(start_epoch=0.5, lr_schedule='constant', swa_lr=0.1, bn_steps=4)"
+    with pytest.raises(TypeError, match=re.escape("SWA.__init__() missing")):
+        kit.SWA()
 
 
 def test_the_version_is_that_of_the_distribution():
