@@ -8,7 +8,7 @@ from scripts.bench import averaging, isolated, memory, training
 from scripts.bench.averaging import ADD, KERAS_SWA, LIMIT, LOOK, NOTHING, OURS, OURS_LATER
 from scripts.bench.isolated import KERAS_VERSIONS
 from scripts.bench.report import Page, digits, ms, s, spread, table, us
-from scripts.bench.training import ADDONS, EMA, EMPTY, PLAIN, UPDATE
+from scripts.bench.training import ADDONS, EMA, EMPTY, PLAIN, STEPS, STEPS_EMA, UPDATE
 
 Job = dict[str, Any]
 
@@ -248,17 +248,22 @@ def every_step(page: Page) -> None:
     """An update in every step."""
     cases = {"the demo's": 40} if page.quick else {"the demo's": 40, "ResNet-50 at 64x64": 12}
     ways: list[tuple[str, list[str], Job]] = [
-        *((name, [UPDATE, EMA], {"legacy": legacy}) for name, legacy in KERAS_VERSIONS.items()),
+        *(
+            (name, [UPDATE, STEPS, STEPS_EMA, EMA], {"legacy": legacy})
+            for name, legacy in KERAS_VERSIONS.items()
+        ),
         ("TF 2.15", [ADDONS], {"python": isolated.ADDONS}),
     ]
     rows = []
     for network, steps in cases.items():
         for version, contenders, environment in ways:
-            job = JOBS[network] | {"epochs": 2, "steps": steps, "rounds": 2} | environment
+            # The machine may be busy beside.
+            job = JOBS[network] | {"epochs": 2, "steps": steps, "rounds": 3, "clock": "cpu"}
+            job |= environment
             try:
                 fits = isolated.call(training.fits, [PLAIN, *contenders], **job)
             except isolated.FailedError as error:
-                rows.append([network, version, contenders[0], str(error), "", ""])
+                rows.append([network, version, contenders[0], str(error), "", "", ""])
                 continue
             times = {
                 what: np.array([t for fit in fits[what] for t in fit["times"][1][1:-1]])
@@ -268,8 +273,12 @@ def every_step(page: Page) -> None:
             for what, seconds in times.items():
                 more = np.quantile(seconds / np.median(plain) - 1, [0.5, 0.25, 0.75])
                 shown = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*more)
-                rows.append([network, version, what, ms(plain), ms(seconds), shown])
-    header = ["network", "environment", "average", "step without", "step with", "more"]
+                whole = [fit["total"] for fit in fits[what]]
+                rows.append([network, version, what, ms(plain), ms(seconds), shown, s(whole)])
+            if EMA in times:
+                ratio = times[STEPS_EMA] / np.median(times[EMA])
+                page.aim(f"step of {network}, {version}: {STEPS_EMA} / {EMA}", ratio, 1.03)
+    header = ["network", "environment", "average", "step without", "step with", "more", "whole fit"]
     page.put("every step", table(header, rows))
 
 

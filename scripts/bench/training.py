@@ -12,6 +12,8 @@ from scripts.bench.clock import CLOCKS, alternate, time_hooks, timed, timer
 
 PLAIN, EMPTY = "plain", "empty callback"
 UPDATE, EMA, ADDONS = "`WeightAverage.update()`", "`use_ema`", "tensorflow-addons SWA"
+STEPS = "`SWA(snapshot_freq=1)`"
+STEPS_EMA = "`SWA(snapshot_freq=1, ema_momentum=0.999)`"
 
 Fit = dict[str, Any]
 
@@ -114,6 +116,13 @@ def _callbacks(keras: Any, what: str, model: Any, start: int) -> list[Any]:
         from swa_dist import SWA
 
         return [SWA(start)]
+    if what in (STEPS, STEPS_EMA):
+        from swa_dist import SWA
+
+        # With statistics from a batch, so that the last epoch trains, too.
+        few = np.zeros((2, *model.input_shape[1:]), "float32")
+        momentum = 0.999 if what == STEPS_EMA else None
+        return [SWA(start, snapshot_freq=1, ema_momentum=momentum, bn_data=few)]
     if what not in (EMPTY, UPDATE):
         return []
     average = None

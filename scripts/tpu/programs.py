@@ -29,33 +29,36 @@ def all_programs(recorder: Recorder, quick: bool) -> Iterator[Callable[[], None]
     dtypes = ["float32"] if quick else ["float32", "bfloat16", "float16", "float64", "mixed"]
     for dtype in dtypes:
         yield lambda: average(recorder, dtype)  # noqa: B023
+        yield lambda: average(recorder, dtype, ema_momentum=0.9)  # noqa: B023
     for name, version, swa in KERAS_VERSIONS[: 1 if quick else 2]:
 
         def fits(**how: Any) -> Callable[[], None]:
             return lambda: fit(recorder, name, version, swa, **how)  # noqa: B023
 
         yield fits()
+        yield fits(snapshot_freq=2, ema_momentum=0.9)
         yield lambda: recompute(recorder, name, version)  # noqa: B023
         if quick:
             return
         yield fits(policy="mixed_bfloat16")
         yield fits(steps_per_execution=2)
+        yield fits(steps_per_execution=2, snapshot_freq=1)
         yield fits(ragged=True)
         yield fits(norm={"synchronized": True})
         yield fits(norm={"renorm": True})
     yield lambda: resnet(recorder)
 
 
-def average(recorder: Recorder, dtype: str) -> None:
+def average(recorder: Recorder, dtype: str, ema_momentum: float | None = None) -> None:
     """Record all that a `WeightAverage` does."""
-    recorder.stage = f"WeightAverage, {dtype}"
+    recorder.stage = f"WeightAverage, {dtype}" + ", EMA" * bool(ema_momentum)
     cycle = ["float32", "bfloat16", "float16", "float64"] if dtype == "mixed" else [dtype]
     with recorder.strategy.scope():
         weights = [
             tf.Variable(tf.ones(shape, cycle[i % len(cycle)])) for i, shape in enumerate(SHAPES)
         ]
     model = SimpleNamespace(trainable_variables=weights, distribute_strategy=recorder.strategy)
-    averaged = swa_dist.WeightAverage(model)
+    averaged = swa_dist.WeightAverage(model, ema_momentum=ema_momentum)
     averaged.update()
     averaged.copy_to_model()
     averaged.normalize()
@@ -72,11 +75,13 @@ def fit(
     steps_per_execution: int = 1,
     ragged: bool = False,
     norm: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """Record a `fit`: its training step, the step of its BN pass, and all in between."""
     how = [policy] if policy != "float32" else []
     how += [f"{steps_per_execution} steps per execution"] * (steps_per_execution > 1)
     how += ["a ragged batch"] * ragged + list(norm or {})
+    how += [f"{option}={value}" for option, value in options.items()]
     recorder.stage = ", ".join([f"fit, {name}", *how])
     recorder.batches = [16, 9]
     version.mixed_precision.set_global_policy(policy)
@@ -97,7 +102,7 @@ def fit(
 
         data = images(100 if ragged else 128).batch(64, drop_remainder=not ragged)
         note = version.callbacks.LambdaCallback(on_epoch_begin=begin)
-        model.fit(data, epochs=4, verbose=0, shuffle=False, callbacks=[note, swa(2)])
+        model.fit(data, epochs=4, verbose=0, shuffle=False, callbacks=[note, swa(2, **options)])
     finally:
         version.mixed_precision.set_global_policy("float32")
 
@@ -124,10 +129,13 @@ def resnet(recorder: Recorder) -> None:
     recorder.stage = "ResNet-50"
     with recorder.strategy.scope():
         model = keras.applications.ResNet50(weights=None)
-    averaged = swa_dist.WeightAverage(model)
-    averaged.update()
-    averaged.copy_to_model()
-    averaged.swap()
+    for momentum in (None, 0.999):
+        recorder.stage = "ResNet-50" + ", EMA" * bool(momentum)
+        averaged = swa_dist.WeightAverage(model, ema_momentum=momentum)
+        averaged.update()
+        averaged.copy_to_model()
+        averaged.swap()
+    recorder.stage = "ResNet-50"
     batch = tf.random.normal([REPLICAS * 8, 224, 224, 3])
     swa_dist.update_bn(model, tf.data.Dataset.from_tensors(batch))
 
