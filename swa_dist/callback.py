@@ -1,39 +1,20 @@
-"""The SWA callback: its arguments, and hooks that pass on to the run."""
+"""The SWA callback: its arguments, and what can be asked of it."""
 
 import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
-from swa_dist.keras_api import KerasAPI
-from swa_dist.model_checks import check_eager
+from swa_dist.data.inputs import check_reusable
+from swa_dist.fit_hooks import FitHooks
 from swa_dist.plan import messages
 from swa_dist.plan.messages import SWAWarning
 from swa_dist.plan.options import Options
 from swa_dist.plan.plan import Plan
-from swa_dist.plan.progress import Progress
-from swa_dist.run import Run
-from swa_dist.state import RunState
-from swa_dist.training.learning_rates import InitialOptimizers
-
-if TYPE_CHECKING:  # at run time a binding puts its Keras's Callback here
-
-    class _Callback:
-        model: Any
-        params: dict[str, Any]
-
-        def set_model(self, model: Any) -> None: ...
-
-else:
-    _Callback = object
 
 
-# In the parameters of a `fit`, which all of its callbacks share: a callback for it has begun.
-_MARK = "swa_dist"
-
-
-class SWACallback(_Callback):
+class SWACallback(FitHooks):
     """Stochastic weight averaging, exact on every replica of a `tf.distribute` strategy.
 
     After `fit` the model holds the mean of the trainable weights that it had at the ends of the
@@ -66,8 +47,20 @@ class SWACallback(_Callback):
             snapshot on. From the beginning of an epoch's validation to that of the next epoch the
             model carries the average, with the average of the snapshots' BN statistics: callbacks
             that judge or save the model see it. Training is not affected.
-        bn_steps: Batches after which the BN pass ends; None: all of the epoch. A few thousand
+        bn_steps: Batches after which the BN pass ends, or of `bn_data`; None: all. A few thousand
             samples give near-optimal statistics (Wu & Johnson, 2021, arXiv 2105.07576, section 3).
+        snapshot_freq: "epoch": snapshots are taken at the ends of epochs, see `swa_freq`. An
+            integer N >= 1: after every N-th training step, counted from the beginning of
+            `start_epoch` on, also where several steps run in one execution. It takes a second
+            buffer for each weight. Not with "cyclic", nor with `swa_freq`.
+        ema_momentum: A number b in (0, 1) makes the average an exponential moving one: snapshot k
+            of n has the weight (1 - b) b^(n-k) / (1 - b^n). See `WeightAverage`.
+        bn_data: Data for BN statistics, whatever `update_bn` takes that can be read more than once.
+            Then every epoch trains; the average gets its statistics from one forward pass over this
+            data at the end of the last epoch, before its validation, or when training has ended
+            otherwise, and with `validate_average` before each validation. Arrays are cut into
+            batches as large as those of training. If the data fails, the model has the average,
+            with the average of the snapshots' BN statistics.
 
     Attributes:
         n_averaged: Number of snapshots in the average.
@@ -97,11 +90,6 @@ class SWACallback(_Callback):
         and Better Generalization", 2018, arXiv 1803.05407, Algorithm 1.
     """
 
-    keras_api: ClassVar[KerasAPI]
-
-    # tf_keras then does not wait for the device after each batch, to convert the logs to NumPy.
-    _supports_tf_logs = True
-
     def __init__(
         self,
         start_epoch: int | float,
@@ -115,22 +103,26 @@ class SWACallback(_Callback):
         backup_dir: str | os.PathLike | None = None,
         validate_average: bool = False,
         bn_steps: int | None = None,
+        snapshot_freq: int | str = "epoch",
+        ema_momentum: float | None = None,
+        bn_data: Any = None,
     ) -> None:
-        super().__init__()
-        self.options = Options(
+        options = Options(
             *(start_epoch, lr_schedule, swa_lr, swa_lr2, swa_freq, batch_size, verbose),
             backup_dir=backup_dir,
             validate_average=validate_average,
             bn_steps=bn_steps,
+            snapshot_freq=snapshot_freq,
+            ema_momentum=ema_momentum,
+            bn_data=bn_data,
         )
+        if bn_data is not None:
+            check_reusable(bn_data, bn_steps)
+        super().__init__(options)
         for message in messages.options_without_effect(lr_schedule, swa_lr, swa_lr2):
             warnings.warn(message, SWAWarning, stacklevel=2)
         # Here, as Keras 3 fails before it calls a callback for the first time.
         self.keras_api.warn_of_several_workers()
-        self._last_progress = Progress()
-        self._optimizers_before: InitialOptimizers | None = None
-        self._run: Run | None = None
-        self._is_in_other_loop = False  # of `evaluate` or `predict`
 
     @property
     def n_averaged(self) -> int:
@@ -141,23 +133,6 @@ class SWACallback(_Callback):
     def inferred_batch_size(self) -> int | None:
         """Samples in the largest global batch so far; None during the first epoch."""
         return self._progress.batch_size
-
-    @property
-    def _progress(self) -> Progress:
-        return self._run.progress if self._run else self._last_progress
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has: options and results, but neither model nor average."""
-        state = {
-            **vars(self),
-            "_last_progress": self._progress,
-            "_optimizers_before": None,
-            "_run": None,
-        }
-        for name in ("_model", "model"):  # Keras 3's and tf_keras's
-            if name in state:
-                state[name] = None
-        return state
 
     def __repr__(self) -> str:
         """Return the arguments that are not the default ones."""
@@ -222,79 +197,5 @@ class SWACallback(_Callback):
         with self._run.averaged_weights():
             yield
 
-    def set_model(self, model: Any) -> None:
-        check_eager()
-        self.keras_api.check_model(model)
-        super().set_model(model)
-        self._optimizers_before = self._optimizers_now()
-        self._is_in_other_loop = True  # unless training begins
-
-    def on_train_begin(self, logs: Any = None) -> None:
-        params = getattr(self, "params", None) or {}
-        if "epochs" not in params:
-            raise ValueError(
-                "SWA must know how many epochs `fit` trains. Received: a CallbackList without the "
-                "parameter `epochs`. Make it with `CallbackList(..., epochs=...)`, or give `fit` a "
-                "list of callbacks."
-            )
-        if params.get(_MARK):
-            raise ValueError(
-                "`callbacks` must have one SWA: two in one `fit` would undo each other's work. "
-                "Received: a second one."
-            )
-        params[_MARK] = True
-        self._is_in_other_loop = False
-        self._run = None  # of a `fit` that an exception has ended
-        # A CallbackList that serves several fits sets the model once, before the first.
-        before = self._optimizers_before or self._optimizers_now()
-        self._optimizers_before = None
-        self._run = Run(RunState(self.options, self.model, params, self.keras_api, before))
-
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        self.params.pop(_MARK, None)
-        self._running.begin_epoch(epoch)
-
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        if self._run:
-            self._run.begin_batch(batch)
-
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        if self._run:
-            self._run.end_batch()
-
-    def on_test_begin(self, logs: Any = None) -> None:
-        if self._run and not self._is_in_other_loop:
-            self._run.begin_test()
-
-    def on_test_end(self, logs: Any = None) -> None:
-        self._is_in_other_loop = False
-
-    def on_predict_end(self, logs: Any = None) -> None:
-        self._is_in_other_loop = False
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        self._running.end_epoch(epoch, logs)
-
-    def on_train_end(self, logs: Any = None) -> None:
-        run = self._running
-        try:
-            run.end()
-        finally:
-            # The buffers are as large as the weights.
-            self._last_progress = run.progress
-            self._run = None
-
     # Python names it in its errors.
     __init__.__qualname__ = "SWA.__init__"
-
-    def _optimizers_now(self) -> InitialOptimizers:
-        return InitialOptimizers.of(self.keras_api.step_optimizers(self.model))
-
-    @property
-    def _running(self) -> Run:
-        if not self._run:
-            raise RuntimeError(
-                "This SWA has been used in another `fit` while this one was running. Give each "
-                "`fit` that runs at the same time an SWA of its own."
-            )
-        return self._run

@@ -2,11 +2,13 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from swa_dist.batch_norm.bn_pass import BatchNormPass
+from swa_dist.final_average import FinalAverage
 from swa_dist.model_checks import trainable_variables
-from swa_dist.plan import messages
+from swa_dist.plan import errors, messages
 from swa_dist.plan.progress import Progress
 from swa_dist.resume.checkpoints import CheckpointError
 from swa_dist.resume.saved_run import SavedRun
@@ -28,13 +30,14 @@ class Run:
         self._state, self._model = state, state.model
         self._options, self._keras_api = state.options, state.keras_api
         self._saved = SavedRun.open(state.options, state.model, state.keras_api)
-        if state.plan.batch_norm:
+        self._final = FinalAverage(state, self._save)
+        if state.plan.ends_with_bn_pass:
             state.print(messages.HAS_BATCH_NORM)
 
     @property
     def progress(self) -> Progress:
-        """How far the run has come."""
-        return self._state.progress
+        """How far the run has come, with the snapshots of an unfinished epoch."""
+        return replace(self._state.progress, n_averaged=self._state.snapshots_so_far)
 
     # The hooks
 
@@ -71,10 +74,16 @@ class Run:
             state.warn(messages.epoch_continues(epoch))
         if state.plan.changes_within(epoch):
             state.rates.set(epoch, batch)
-        if state.position.declared_steps and self._ends_with_average(epoch):
+        state.keep_step_snapshots()
+        expected = state.position.declared_steps
+        if self._saved and state.plan.averages_steps(epoch):
+            expected = expected or state.plan.steps_per_epoch
+        elif not self._ends_with_average(epoch):
+            return
+        if expected:
             known = state.position.steps_per_execution
             steps = self._keras_api.steps_per_execution(self._model, known)
-            is_last = batch + steps >= state.position.declared_steps
+            is_last = batch + steps >= expected
             state.move(is_last_batch=is_last, steps_per_execution=steps)
 
     def end_batch(self) -> None:
@@ -88,14 +97,20 @@ class Run:
             state.rates.check_used()
             if not position.bn_pass:
                 state.follow_weights(position.epoch, after_first_step=True)
-        if position.is_last_batch:
+        if position.epoch is None or not position.is_last_batch:
+            return
+        if self._ends_with_average(position.epoch):
             self._carry_average()
+        else:
+            # Before the model is saved elsewhere: snapshots by steps cannot be taken again.
+            self._close_epoch()
+            self._save(position.epoch + 1)
 
     def begin_test(self) -> None:
         """Have validation evaluate the final model, or the average if that is asked for."""
         position = self._state.position
         if position.bn_pass:
-            position.bn_pass.finish()
+            self._finish_bn_pass(position.bn_pass)
         elif position.epoch is not None and (
             self._options.validate_average or self._ends_with_average(position.epoch)
         ):
@@ -106,7 +121,7 @@ class Run:
         state = self._state
         bn_pass = state.position.bn_pass
         if bn_pass:
-            bn_pass.finish()
+            self._finish_bn_pass(bn_pass)
             state.note_final_statistics(bn_pass.has_statistics)
         self._close_epoch()
         if logs is not None:
@@ -114,33 +129,34 @@ class Run:
                 logs.setdefault(name, 0.0 if bn_pass else rate)
         self._handle_early_stop(epoch)
         saved = self._save(epoch + 1)
-        has_bn = state.plan.batch_norm
-        if self._is_last(epoch) and (state.snapshots.average_is_carried or (saved and not has_bn)):
+        trained = not state.plan.ends_with_bn_pass
+        if self._is_last(epoch) and (state.snapshots.average_is_carried or (saved and trained)):
             # No later epoch restores the trained weights, so the average is made final now: what
             # other callbacks, or an optimizer's average, write at the end must not enter it.
             state.end_carrying()
             if state.n_averaged:
-                state.snapshots.average.copy_to_model()
-                state.move(average_is_final=not has_bn)
+                self._final.put()
+                state.move(average_is_final=trained)
 
     def end(self) -> None:
         """Leave the average in the model, and warn of what it has to do without."""
         state = self._state
         epoch, bn_pass = state.position.epoch, state.position.bn_pass
         state.end_carrying()
-        if bn_pass and self._options.bn_steps:
+        state.end_step_snapshots()
+        if bn_pass and (self._options.bn_steps or self._final.is_recomputed):
             self._model.stop_training = bool(state.progress.stopped)
         nothing_to_train = epoch is None and self._saved is not None
         if nothing_to_train:  # it was interrupted after its last epoch
             self._start(state.plan.epochs)
         if not state.n_averaged:
-            first, not_finite = state.plan.first_snapshot, bool(state.progress.not_finite)
+            first, not_finite = state.plan.first_snapshot_point, bool(state.progress.not_finite)
             state.warn(messages.no_snapshot(epoch, first, not_finite))
-        elif nothing_to_train and (not state.plan.batch_norm or self._model_is_final):
+        elif nothing_to_train and self._final.is_in_model:
             state.snapshots.average.weights.copy_to_model()
             state.print(messages.FINAL)
         else:
-            self._finalize_average()
+            self._final.leave()
         state.rates.restore_unused_optimizers()
         if self._saved:
             self._saved.remove()
@@ -150,13 +166,12 @@ class Run:
         """Have the average in the model while open. See `SWA.averaged_weights`."""
         snapshots, bn_pass = self._state.snapshots, self._state.position.bn_pass
         lost = snapshots.average_is_lost
-        if not self._state.n_averaged or lost:
-            first = self._state.plan.first_snapshot
-            raise RuntimeError(messages.no_average(first, lost))
+        if not self._state.snapshots_so_far or lost:
+            first = self._state.plan.first_snapshot_point
+            raise RuntimeError(errors.no_average(first, lost))
         # In the BN pass the model has the average already, with other statistics; but not if
         # weights have been written after an exception.
-        is_there = bn_pass is not None and bn_pass.in_force
-        is_there = is_there and snapshots.average.weights.equals_model
+        is_there = bn_pass and bn_pass.in_force and snapshots.average.weights.equals_model
         with contextlib.nullcontext() if is_there else snapshots.average.averaged():
             yield
 
@@ -177,7 +192,9 @@ class Run:
             if epoch >= state.plan.epochs:
                 return
             if not state.n_averaged:
-                state.plan.check_first_epoch(epoch)
+                state.plan.check_first_epoch(epoch, state.progress.steps)
+            if self._options.bn_data is not None and not state.plan.batch_norm:
+                state.warn(messages.bn_data_without_effect())
             guess = state.rates.guessed_initial
             for message in warnings_of(start, epoch, self._options.validate_average, guess):
                 state.warn(message)
@@ -188,31 +205,6 @@ class Run:
                 self._saved.close()
             raise
 
-    def _finalize_average(self) -> None:
-        state = self._state
-        epoch, bn_pass = state.position.epoch, state.position.bn_pass
-        # Again after a BN pass: an optimizer with `use_ema`, or a callback that restores earlier
-        # weights, has just put others there.
-        state.snapshots.average.copy_to_model()
-        if not state.plan.batch_norm:
-            state.print(messages.of_epoch(state.plan.epochs, messages.FINAL))
-        elif bn_pass and bn_pass.has_statistics:
-            for message in bn_pass.reapply():
-                state.warn(message)
-        else:
-            began = bn_pass is not None
-            state.warn(messages.no_bn_pass(epoch, state.n_averaged, began))
-
-    @property
-    def _model_is_final(self) -> bool:
-        """Whether the model was saved after the BN pass."""
-        average, progress = self._state.snapshots.average, self._state.progress
-        if average.statistics_of_model == progress.final_statistics:
-            return True
-        # It may have been saved before the average was.
-        rates = self._state.rates.optimizers.read_rates().values()
-        return all(rates) and average.weights.equals_model
-
     # How an epoch ends
 
     def _close_epoch(self) -> None:
@@ -220,10 +212,12 @@ class Run:
         state = self._state
         epoch = state.position.epoch
         assert epoch is not None
+        if not state.snapshots.average_is_carried:
+            state.note_steps()
         if state.position.is_closed:
             return
         state.move(is_closed=True)
-        if state.plan.is_snapshot(epoch):
+        if state.plan.snapshot_steps is None and state.plan.is_snapshot(epoch):
             if not state.n_averaged:
                 state.follow_weights(epoch)
             state.take_snapshot(epoch)
@@ -241,13 +235,15 @@ class Run:
         assert state.position.epoch is not None
         if self._save(state.position.epoch + 1) or self._options.validate_average:
             snapshots.average.carry()
+            if self._final.is_recomputed:
+                self._final.recompute(for_good=self._ends_with_average(state.position.epoch))
 
     def _is_last(self, epoch: int) -> bool:
         return self._model.stop_training or epoch + 1 == self._state.plan.epochs
 
     def _ends_with_average(self, epoch: int) -> bool:
         """Return whether the model is to have the average as soon as this epoch has trained."""
-        return not self._state.plan.batch_norm and self._is_last(epoch)
+        return not self._state.plan.ends_with_bn_pass and self._is_last(epoch)
 
     def _handle_early_stop(self, epoch: int) -> None:
         """Have one more epoch run as the BN pass after an early stop."""
@@ -255,9 +251,17 @@ class Run:
         if state.plan.is_bn_pass(epoch):
             if state.progress.stopped:
                 self._model.stop_training = True
-        elif self._model.stop_training and state.plan.batch_norm and state.n_averaged:
-            state.stop_after(epoch)
-            self._model.stop_training = False
+        elif self._model.stop_training and state.n_averaged:
+            if state.plan.ends_with_bn_pass:
+                state.stop_after(epoch)
+                self._model.stop_training = False
+            elif self._final.is_recomputed and epoch + 1 < state.plan.epochs:
+                state.note_stop(epoch)
+
+    def _finish_bn_pass(self, bn_pass: BatchNormPass) -> None:
+        bn_pass.finish()
+        if self._final.is_recomputed and not self._state.position.has_recomputed:
+            self._final.recompute()
 
     def _begin_bn_pass(self, epoch: int) -> None:
         state = self._state
@@ -270,7 +274,8 @@ class Run:
             average=state.snapshots.average.weights,
             step_optimizers=state.rates.optimizers,
             steps=state.plan.steps_per_epoch,
-            bn_steps=self._options.bn_steps,
+            # With `bn_data` this epoch is there because Keras has begun it.
+            bn_steps=1 if self._final.is_recomputed else self._options.bn_steps,
         )
         state.move(bn_pass=bn_pass)
         bn_pass.begin()
@@ -289,4 +294,7 @@ class Run:
             # A checkpoint that cannot be written is not worth ending the run for.
             state.warn(messages.not_saved(completed - 1, error))
             return False
+        finally:
+            if state.snapshots.average_is_carried:  # again, with averaged statistics
+                self._final.reapply()
         return True

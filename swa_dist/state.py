@@ -1,5 +1,6 @@
 """The state of a run: its plan, its progress and its average, and all that changes them."""
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Mapping
@@ -7,14 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from swa_dist.averaging.snapshots import Snapshots
+from swa_dist.averaging.step_snapshots import StepSnapshots
 from swa_dist.batch_norm.bn_pass import BatchNormPass
+from swa_dist.data.inputs import check_inputs
 from swa_dist.keras_api import KerasAPI
 from swa_dist.model_checks import (
     check_strategy,
     check_trainable_variables,
     trainable_variables,
 )
-from swa_dist.plan import messages
+from swa_dist.plan import errors, messages
 from swa_dist.plan.messages import SWAWarning
 from swa_dist.plan.options import Options
 from swa_dist.plan.plan import Plan
@@ -41,6 +44,8 @@ class Position:
         steps_per_execution: Steps that a call of the train function runs, once it was asked for in
             this epoch.
         batches_before: Batches that were counted before the epoch.
+        has_recomputed: Whether the BN statistics of the average as it is have been recomputed from
+            `bn_data`, in this epoch.
     """
 
     epoch: int | None = None
@@ -52,6 +57,7 @@ class Position:
     declared_steps: int | None = None
     steps_per_execution: int | None = None
     batches_before: int = 0
+    has_recomputed: bool = False
 
 
 class RunState:
@@ -97,7 +103,11 @@ class RunState:
         # Each optimizer has a plan of its own, with its rate.
         self._adopt(Plan.of(options, params["epochs"], self.position.declared_steps, None, has_bn))
         self.progress = Progress()
-        self.snapshots = Snapshots(model, keras_api)
+        of_steps = self.plan.snapshot_steps is not None
+        self.snapshots = Snapshots(model, keras_api, options.ema_momentum, of_steps)
+        self._step_snapshots: StepSnapshots | None = None
+        if options.bn_data is not None:
+            check_inputs(options.bn_data, model)
 
     @property
     def n_averaged(self) -> int:
@@ -118,7 +128,14 @@ class RunState:
             average_is_final=False,
             steps_per_execution=None,
             batches_before=self._counter.batches,
+            has_recomputed=False,
         )
+        if self.progress.stopped and not self.plan.is_bn_pass(epoch):  # the stop was withdrawn
+            self.progress = replace(self.progress, stopped=0)
+        if self.plan.averages_steps(epoch):
+            self._begin_step_snapshots()
+        else:
+            self.end_step_snapshots()
 
     def move(self, **changes: Any) -> None:
         """Change where training is: see `Position`."""
@@ -134,7 +151,9 @@ class RunState:
         if not 0 <= surplus < self.keras_api.steps_per_execution(self.model):
             self.move(declared_steps=None)
         if self.plan.steps_per_epoch is None:
-            self._adopt(replace(self.plan, steps_per_epoch=batches or None))
+            # Too few for a snapshot by steps: it is too late for an error, and the end warns of it.
+            with contextlib.suppress(ValueError):
+                self._adopt(replace(self.plan, steps_per_epoch=batches or None))
         given = self.options.batch_size
         if known is None and given is not None and fed not in (None, given):
             self.warn(messages.other_batch_size(given, fed))
@@ -151,6 +170,44 @@ class RunState:
         empty = has_trained and bool(self._counter.batches_with_empty_replica)
         self.warn(messages.not_finite(epoch, n_averaged, name, empty))
 
+    def note_steps(self) -> None:
+        """Take up the snapshots that the training step has taken, if it takes any."""
+        if not self._step_snapshots:
+            return
+        assert self.position.epoch is not None
+        every, steps = self.plan.snapshot_steps or 1, self._step_snapshots.steps
+        due = steps // every - self.progress.steps // every
+        n_averaged = self.snapshots.note_steps(self.n_averaged)
+        missing = due - (n_averaged - self.n_averaged)
+        self.progress = replace(
+            self.progress,
+            steps=steps,
+            n_averaged=n_averaged,
+            not_finite=self.progress.not_finite + missing,
+        )
+        if missing:
+            weight = self.snapshots.first_non_finite()
+            epoch = self.position.epoch
+            self.warn(messages.not_finite_steps(epoch, due, missing, n_averaged, weight))
+
+    @property
+    def snapshots_so_far(self) -> int:
+        """Snapshots in the average, with those that `note_steps` has not taken up yet."""
+        if not self._step_snapshots:
+            return self.n_averaged
+        return self.snapshots.average.weights.n_averaged
+
+    def keep_step_snapshots(self) -> None:
+        """Have the training step take snapshots again, if a callback has trained the model."""
+        if self._step_snapshots and self.model.train_function is self._counter:
+            self._step_snapshots.install()
+
+    def end_step_snapshots(self) -> None:
+        """Give the model its train function without snapshots back."""
+        if self._step_snapshots:
+            self._step_snapshots.uninstall()
+            self._step_snapshots = None
+
     def follow_weights(self, epoch: int, after_first_step: bool = False) -> None:
         """Have the average comprise weights that have been built, or begun to train, since.
 
@@ -160,12 +217,14 @@ class RunState:
 
         Raises:
             ValueError: There are weights that are not in the snapshots; or, after the first step,
-                no snapshot fits into the run.
+                no snapshot fits into the run, or that step was to be averaged.
         """
         new = self.snapshots.new_weights()
+        if new and after_first_step and self._step_snapshots:
+            raise ValueError(errors.not_built())
         if new and self.n_averaged:
             first = self.plan.first_snapshot
-            raise ValueError(messages.weights_added(new[0], self.n_averaged, first))
+            raise ValueError(errors.weights_added(new[0], self.n_averaged, first))
         if new or not self.snapshots.has_average:
             self.snapshots.prepare()
         if new or after_first_step:
@@ -174,6 +233,10 @@ class RunState:
     def stop_after(self, epoch: int) -> None:
         """Plan the end of a run that was stopped with an epoch: the next one is the BN pass."""
         self._adopt(self.plan.stopped_after(epoch))
+        self.note_stop(epoch)
+
+    def note_stop(self, epoch: int) -> None:
+        """Note that training was stopped with an epoch, for a run that is resumed."""
         self.progress = replace(self.progress, stopped=epoch + 1)
 
     def note_final_statistics(self, has_statistics: bool) -> None:
@@ -197,6 +260,20 @@ class RunState:
         if self.options.verbose:
             print("\n" + line)
 
+    def _begin_step_snapshots(self) -> None:
+        if not self.snapshots.has_average:
+            raise ValueError(errors.not_built())
+        average, taker = self.snapshots.average.weights, self._step_snapshots
+        if taker and taker.average is average and self.model.train_function is taker:
+            return
+        self.end_step_snapshots()
+        self._step_snapshots = StepSnapshots(
+            *(self.model, self._counter, average),
+            every=self.plan.snapshot_steps or 1,
+            steps=self.progress.steps,
+        )
+        self._step_snapshots.install()
+
     @functools.cached_property
     def _counter(self) -> SampleCounter:
         """Counts what the training step is fed, from the first use of this on."""
@@ -212,12 +289,12 @@ class RunState:
             return
         try:
             plan = replace(self.plan, batch_norm=has_bn)
-            plan.check_first_epoch(epoch)
+            plan.check_first_epoch(epoch, self.progress.steps)
         except ValueError:
             if may_refuse:
                 raise
             self.warn(messages.batch_norm_too_late())
             return
         self._adopt(plan)
-        if has_bn:
+        if plan.ends_with_bn_pass:
             self.print(messages.HAS_BATCH_NORM)

@@ -27,6 +27,7 @@ class BatchNormAverage(tf.Module):
     Args:
         layers: The layers.
         strategy: The `tf.distribute.Strategy` under which they were created.
+        momentum: Weight of a snapshot relative to the next one's, in (0, 1]; 1: all are equal.
 
     Attributes:
         groups: The average of all layers whose statistics are of one dtype.
@@ -36,10 +37,17 @@ class BatchNormAverage(tf.Module):
         Call everything in cross-replica context, on every worker. `update` communicates.
     """
 
-    def __init__(self, layers: Sequence[BatchNormLayer], strategy: tf.distribute.Strategy) -> None:
+    def __init__(
+        self,
+        layers: Sequence[BatchNormLayer],
+        strategy: tf.distribute.Strategy,
+        momentum: float = 1.0,
+    ) -> None:
         super().__init__()
         self._layers = Untracked(layers)
+        self._momentum = momentum
         with strategy.scope():
+            self._shares = Untracked([local_variable(tf.zeros([2], tf.float64))])
             self.groups = [_GroupAverage(group) for group in LayerGroup.of(layers)]
         self.buffers_layout = Layout(self.layout)
         self._update = ReplicaFunction(self._update_replica, strategy)
@@ -60,8 +68,15 @@ class BatchNormAverage(tf.Module):
             for i, layer in enumerate(self._layers, 1)
         }
 
-    def update(self) -> None:
-        """Average the layers' present statistics with the earlier ones."""
+    def update(self, snapshots: int = 1) -> None:
+        """Average the layers' present statistics with the earlier ones.
+
+        Args:
+            snapshots: The last snapshots, for which they stand.
+        """
+        kept = self._momentum**snapshots
+        for variable in self._shares:
+            variable.assign([kept, snapshots if kept == 1 else 1 - kept])
         self._update()
 
     def copy_to_model(self) -> None:
@@ -82,8 +97,10 @@ class BatchNormAverage(tf.Module):
         self._restore()
 
     def _update_replica(self) -> Communicating[None]:
+        (shares,) = self._shares
+        kept, gained = tf.unstack(LocalCopy(shares).read())
         for group in self.groups:
-            yield from group.update()
+            yield from group.update(kept, gained)
 
     def _copy_replica(self) -> None:
         for group in self.groups:
@@ -105,7 +122,7 @@ class _GroupAverage(tf.Module):
         group: The layers.
 
     Attributes:
-        counts: Updates in each layer's average.
+        weights: The snapshots' weights in each layer's average: with equal ones, their number.
         averages: Means of all layers' channels, and their variances.
 
     Distribution:
@@ -116,7 +133,7 @@ class _GroupAverage(tf.Module):
         super().__init__()
         self._group = group
         n_layers = len(group.layers)
-        self.counts = local_variable(tf.zeros([n_layers], tf.int64))
+        self.weights = local_variable(tf.zeros([n_layers], group.dtype))
         self.averages = local_variable(tf.zeros([2, sum(group.channels)], group.dtype))
         self._own = Untracked([local_variable(tf.zeros([group.n_statistics], group.dtype))])
         self._is_trained = Untracked([local_variable(tf.fill([n_layers], True))])
@@ -128,14 +145,19 @@ class _GroupAverage(tf.Module):
         for variable in self._is_trained:
             variable.assign(trained)
 
-    def update(self) -> Communicating[None]:
-        """Average the layers' present statistics with the earlier ones."""
+    def update(self, kept: tf.Tensor, gained: tf.Tensor) -> Communicating[None]:
+        """Average the layers' present statistics with the earlier ones.
+
+        Args:
+            kept: What the earlier ones keep of their weight.
+            gained: Weight of the present ones.
+        """
         group = self._group
         own = group.read_mean_and_variance()
         finite = ~group.any_channel(tf.reduce_any(~tf.math.is_finite(own), 0))
-        weights = tf.cast(finite, group.dtype)
-        (totals,) = yield [weights]
-        fractions = [group.of_each_channel(tf.math.divide_no_nan(weights, totals))]
+        counts = tf.cast(finite, group.dtype)
+        (totals,) = yield [counts]
+        fractions = [group.of_each_channel(tf.math.divide_no_nan(counts, totals))]
         own = tf.where(group.of_each_channel(finite), own, tf.zeros_like(own))
         nothing = tf.zeros_like(own[0])
         (mean,), (deviation,) = yield from mean_over_replicas([(own[0], nothing)], fractions)
@@ -144,12 +166,13 @@ class _GroupAverage(tf.Module):
         (variance,), _ = yield from mean_over_replicas(
             [(own[1] + tf.square(deviation), nothing)], fractions
         )
-        counts, averages = LocalCopy(self.counts), LocalCopy(self.averages)
+        weights, averages = LocalCopy(self.weights), LocalCopy(self.averages)
         counted = totals > 0
-        count = counts.read() + tf.cast(counted, tf.int64)
-        counts.assign(count)
+        kept, gained = (tf.cast(share, group.dtype) for share in (kept, gained))
+        weight = tf.where(counted, kept * weights.read() + gained, weights.read())
+        weights.assign(weight)
         step = tf.stack([mean, variance]) - averages.read()
-        step /= group.of_each_channel(tf.cast(tf.maximum(count, 1), step.dtype))
+        step *= group.of_each_channel(tf.math.divide_no_nan(gained, weight))
         averages.add(tf.where(group.of_each_channel(counted), step, tf.zeros_like(step)))
 
     def copy(self) -> None:
@@ -157,7 +180,7 @@ class _GroupAverage(tf.Module):
         group = self._group
         average = group.statistics_of(*tf.unstack(LocalCopy(self.averages).read()))
         (is_trained,) = self._is_trained
-        chosen = tf.logical_and(LocalCopy(self.counts).read() > 0, LocalCopy(is_trained).read())
+        chosen = tf.logical_and(LocalCopy(self.weights).read() > 0, LocalCopy(is_trained).read())
         chosen = group.of_each_statistic(chosen)
         group.write_statistics(tf.where(chosen, average, group.read_statistics()))
 

@@ -7,7 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from swa_dist.averaging.bn_average import BatchNormAverage
-from swa_dist.averaging.weight_average import WeightAverage
+from swa_dist.averaging.weight_average import LongWeightAverage, WeightAverage
 from swa_dist.batch_norm.layer import BatchNormLayer
 from swa_dist.distribution import fingerprint
 from swa_dist.model_checks import last_restore
@@ -31,6 +31,8 @@ class ModelAverage:
     Args:
         model: A built Keras model.
         layers: Its trainable BN layers.
+        ema_momentum: See `WeightAverage`.
+        of_steps: Whether it is of steps, of which there are many.
 
     Attributes:
         weights: The average of the weights.
@@ -43,10 +45,18 @@ class ModelAverage:
         Everything in cross-replica context, on every worker.
     """  # noqa: E501
 
-    def __init__(self, model: Model, layers: Sequence[BatchNormLayer]) -> None:
+    def __init__(
+        self,
+        model: Model,
+        layers: Sequence[BatchNormLayer],
+        ema_momentum: float | None = None,
+        of_steps: bool = False,
+    ) -> None:
         self._model = model
-        self.weights = WeightAverage(model)
-        self._statistics = BatchNormAverage(layers, model.distribute_strategy)
+        average = LongWeightAverage if of_steps else WeightAverage
+        self.weights = average(model, ema_momentum=ema_momentum)
+        strategy = model.distribute_strategy
+        self._statistics = BatchNormAverage(layers, strategy, ema_momentum or 1.0)
         self._carrying = contextlib.ExitStack()
         self._fingerprint = ""
         self._restores: list[int] = []
@@ -61,6 +71,11 @@ class ModelAverage:
     def layout(self) -> dict[str, str]:
         """What is averaged, in words: buffers of another layout cannot be restored."""
         return {**self.weights.layout, **self._statistics.layout}
+
+    @property
+    def statistics(self) -> list[tf.Variable]:
+        """The BN statistics that are averaged."""
+        return self._statistics.variables
 
     @property
     def is_carried(self) -> bool:
@@ -81,6 +96,10 @@ class ModelAverage:
         self._statistics.update()
         return True
 
+    def update_statistics(self, snapshots: int) -> None:
+        """Average the present BN statistics, which stand for the last snapshots of weights."""
+        self._statistics.update(snapshots)
+
     def copy_to_model(self) -> None:
         """Give the average to the model, for good."""
         self.weights.copy_to_model()
@@ -95,15 +114,19 @@ class ModelAverage:
         self._restores = self._last_restores()
         try:
             self._swap_in()
-            self._fingerprint = self._fingerprint_of_model()
-            # No context manager here, which the garbage collector would close after an exception.
-            self._carrying.enter_context(before_training(self._model, self._before_training))
-            self._carrying.enter_context(
-                before_writing(self._model, self._variables, self.end_carrying)
-            )
+            self._watch()
         except BaseException:  # Ctrl-C, say: nothing would give the weights back
             self.end_carrying()
             raise
+
+    @contextlib.contextmanager
+    def writing_statistics(self) -> Iterator[None]:
+        """Have BN statistics written that the model keeps as long as it carries the average."""
+        self._carrying.close()
+        try:
+            yield
+        finally:
+            self._watch()
 
     def end_carrying(self) -> None:
         """Give the model back what it had before `carry`, bitwise, if it carries the average."""
@@ -127,6 +150,14 @@ class ModelAverage:
             yield
         finally:
             self._swap_out()
+
+    def _watch(self) -> None:
+        self._fingerprint = self._fingerprint_of_model()
+        # No context manager here, which the garbage collector would close after an exception.
+        self._carrying.enter_context(before_training(self._model, self._before_training))
+        self._carrying.enter_context(
+            before_writing(self._model, self._variables, self.end_carrying)
+        )
 
     def _before_training(self) -> None:
         if self._fingerprint_of_model() == self._fingerprint:

@@ -14,11 +14,16 @@ class Snapshots:
     Args:
         model: The model.
         keras_api: Its Keras version.
+        ema_momentum: See `SWA`.
+        of_steps: Whether snapshots are taken by steps.
     """
 
-    def __init__(self, model: Model, keras_api: KerasAPI) -> None:
+    def __init__(
+        self, model: Model, keras_api: KerasAPI, ema_momentum: float | None, of_steps: bool
+    ) -> None:
         self._model = model
         self._keras_api = keras_api
+        self._ema_momentum, self._of_steps = ema_momentum, of_steps
         self._average: ModelAverage | None = None
         self._weight_names: list[str] = []
 
@@ -50,7 +55,8 @@ class Snapshots:
             ValueError: It has none, or they are not those of the model's strategy.
         """
         model = self._model
-        self._average = ModelAverage(model, self._keras_api.trainable_batch_norm(model))
+        layers = self._keras_api.trainable_batch_norm(model)
+        self._average = ModelAverage(model, layers, self._ema_momentum, self._of_steps)
         self._weight_names = self._keras_api.weight_names(model)  # later some may be frozen
 
     def new_weights(self) -> list[str]:
@@ -61,9 +67,26 @@ class Snapshots:
 
     def take(self) -> str | None:
         """Take a snapshot; return the name of the first weight that is not finite, if one is."""
-        if self.average.update():
-            return None
-        return self._weight_names[self.average.weights.first_non_finite() or 0]
+        return None if self.average.update() else self.first_non_finite() or self._weight_names[0]
+
+    def note_steps(self, known: int) -> int:
+        """Take up the snapshots that were taken in training steps.
+
+        Args:
+            known: Snapshots in the average when it was asked last.
+
+        Returns:
+            Snapshots in the average.
+        """
+        n_averaged = self.average.weights.n_averaged
+        if n_averaged > known:
+            self.average.update_statistics(n_averaged - known)
+        return n_averaged
+
+    def first_non_finite(self) -> str:
+        """Return the name of the first weight that is not finite; empty if all are."""
+        index = self.average.weights.first_non_finite()
+        return "" if index is None else self._weight_names[index]
 
     def end_carrying(self) -> bool:
         """Give the model its own weights back; return whether the average was lost meanwhile.

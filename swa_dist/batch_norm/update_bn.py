@@ -3,23 +3,12 @@
 import warnings
 from typing import Any
 
-import tensorflow as tf
-
-from swa_dist.batch_norm.bn_pass import observe_forward_pass
-from swa_dist.batch_norm.statistics import BatchNormStatistics
-from swa_dist.data.data_kinds import count_samples
-from swa_dist.data.inputs import distributed_inputs
-from swa_dist.distribution import local_variable, read_local
+from swa_dist.batch_norm.forward_pass import ForwardPass
 from swa_dist.keras_api import KerasAPI
 from swa_dist.model_checks import check_eager, check_strategy
 from swa_dist.plan import messages
 from swa_dist.plan.messages import SWAWarning
 from swa_dist.protocols import Model
-from swa_dist.replica_function import Communicating, ReplicaFunction
-
-# Parts of a count that float32 holds, and sums over 4,096 replicas, exactly. Not every accelerator
-# can sum integers.
-_PART = 2**12
 
 
 def update_bn(
@@ -98,68 +87,11 @@ def update_bn(
     layers = keras_api.trainable_batch_norm(model)
     if not layers:
         return 0
-    strategy = model.distribute_strategy
-    check_strategy(strategy, [variable for layer in layers for variable in layer.variables])
-    inputs, length = distributed_inputs(data, strategy, batch_size, steps)
-
-    statistics = BatchNormStatistics(layers, strategy)
-    count = _SampleCount(strategy)
-    patches = keras_api.untraced(model)
-
-    def forward(x: Any) -> None:
-        model(x, training=True)
-        count.add(x)
-
-    # With autograph: tf_keras converts a model's `call` only if this is converted.
-    @tf.function(reduce_retracing=True)
-    def step(x: Any) -> None:
-        strategy.run(forward, args=(x,))
-
-    progress = keras_api.progress_bar(length, verbose)
-    done = 0
-    statistics.begin()
-    try:
-        for done, x in enumerate(inputs, 1):
-            with observe_forward_pass(statistics, layers, patches):
-                # Called directly, the fifth `update_bn` of a program would be taken for the fifth
-                # retracing, and warned of.
-                step.get_concrete_function(x)(x)
-            progress.update(done)
-        total = count.total
-        if not total:
-            raise ValueError(f"`data` must have samples. Received: {done} batches without any.")
-        statistics.pool()
-    except BaseException:
-        statistics.restore()
-        raise
-    if done != length:  # the bar cannot tell that it is finished
-        progress.update(done, finalize=True)
-    if statistics.unobserved:
-        names = [layer.name for layer in statistics.unobserved]
-        warnings.warn(messages.unobserved_layers(names, averaged=False), SWAWarning, stacklevel=2)
+    variables = [variable for layer in layers for variable in layer.variables]
+    check_strategy(model.distribute_strategy, variables)
+    forward_pass = ForwardPass(model, keras_api)
+    total = forward_pass.run(data, batch_size, steps, verbose)
+    if forward_pass.unobserved:
+        message = messages.unobserved_layers(forward_pass.unobserved, averaged=False)
+        warnings.warn(message, SWAWarning, stacklevel=2)
     return total
-
-
-class _SampleCount:
-    """Samples, counted on each replica and summed over all when asked."""
-
-    def __init__(self, strategy: tf.distribute.Strategy) -> None:
-        self._strategy = strategy
-        with strategy.scope():
-            self._own = local_variable(tf.zeros([], tf.int64))
-            self._total = local_variable(tf.zeros([], tf.int64))
-        self._sum = ReplicaFunction(self._sum_replica, strategy)
-
-    def add(self, inputs: Any) -> None:
-        self._own.assign_add(count_samples(inputs))
-
-    @property
-    def total(self) -> int:
-        self._sum()
-        return read_local(self._total, self._strategy)
-
-    def _sum_replica(self) -> Communicating[None]:
-        parts = [self._own // _PART, self._own % _PART]
-        sums = yield [tf.cast(part, tf.float32) for part in parts]
-        high, low = (tf.cast(part, tf.int64) for part in sums)
-        self._total.assign(high * _PART + low)

@@ -14,14 +14,20 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"`{name}` must be an integer >= 1, or None. Received: {name}={value!r}.")
 
 
-def check_has_batches(data: Any, batch_size: int | None) -> None:
-    """Refuse data that has no batches, and a batch size for data that has."""
+def check_has_batches(data: Any, batch_size: int | None, name: str = "data") -> None:
+    """Refuse data that has no batches, and a batch size for data that has.
+
+    Args:
+        data: The data.
+        batch_size: What was given as such.
+        name: Name of the argument that it was given as.
+    """
     kind = f"{type(data).__module__}.{type(data).__qualname__}"
     # A scalar tensor is an Iterable in name.
     whole = isinstance(data, (str, bytes, tuple, list, dict)) or hasattr(data, "shape")
     if whole or not (isinstance(data, Iterable) or is_sequence(data)):
         raise TypeError(
-            "`data` must be an array, a tuple, list or dict of arrays, a tf.data.Dataset, a "
+            f"`{name}` must be an array, a tuple, list or dict of arrays, a tf.data.Dataset, a "
             "distributed dataset, a Keras PyDataset or Sequence, or an iterable of batches. "
             f"Received: {kind}."
         )

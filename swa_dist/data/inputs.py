@@ -1,7 +1,7 @@
 """A model's inputs from data: batch by batch, each split over the replicas."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import tensorflow as tf
@@ -11,10 +11,12 @@ from swa_dist.data.data_kinds import (
     check_count,
     check_has_batches,
     count_samples,
+    samples_of_arrays,
     sequence_length,
 )
 from swa_dist.data.infer_batch_size import infer_batch_size
 from swa_dist.keras_api import is_sequence
+from swa_dist.protocols import Model
 
 
 def distributed_inputs(
@@ -68,6 +70,80 @@ def distributed_inputs(
         batches, length = data, steps
     limited = itertools.islice(batches, steps)
     return (_split(inputs_of(batch), strategy) for batch in limited), length
+
+
+def check_reusable(data: Any, steps: int | None) -> None:
+    """Refuse what cannot be SWA's `bn_data`, as far as that can be known without reading it.
+
+    Args:
+        data: The data.
+        steps: The largest number of batches to take; None: all there are.
+
+    Raises:
+        TypeError: It is nothing that could be batched.
+        ValueError: It can be read only once, is empty, or has no end while `steps` is None.
+    """
+    kind = f"{type(data).__module__}.{type(data).__qualname__}"
+    if not are_arrays(data):
+        check_has_batches(data, None, "bn_data")
+    if isinstance(data, Iterator):
+        raise ValueError(
+            "`bn_data` must be data that can be read from its beginning again: SWA reads it at the "
+            "end, and again when a run is resumed or `validate_average` asks for it. Received: "
+            f"{kind}, which can be read once. Make a tf.data.Dataset of it, with "
+            "`tf.data.Dataset.from_generator`, or a PyDataset."
+        )
+    length = tf.data.UNKNOWN_CARDINALITY
+    if are_arrays(data):
+        length = samples_of_arrays(data if isinstance(data, list) else inputs_of(data))
+    elif isinstance(data, tf.data.Dataset):
+        length = int(data.cardinality())
+    elif isinstance(data, tf.distribute.DistributedDataset):
+        length = int(getattr(data, "cardinality", length))
+    elif is_sequence(data):
+        length = sequence_length(data)
+    if length == 0:
+        raise ValueError(f"`bn_data` must have samples. Received: {kind} without any.")
+    if length == tf.data.INFINITE_CARDINALITY and steps is None:
+        raise ValueError(
+            "`bn_steps` must be an integer >= 1 where `bn_data` has no end. Received: bn_steps="
+            "None."
+        )
+
+
+def check_inputs(data: Any, model: Model) -> None:
+    """Refuse `bn_data` whose inputs do not have the shapes that a model takes, where both show.
+
+    Raises:
+        ValueError: With both.
+    """
+    expected = getattr(model, "inputs", None)
+    if are_arrays(data):
+        inputs = data if isinstance(data, list) else inputs_of(data)
+    elif isinstance(data, tf.data.Dataset):
+        inputs = inputs_of(data.element_spec)
+    else:
+        return
+    if isinstance(inputs, Mapping) or not expected:
+        return
+    given = [leaf for leaf in tf.nest.flatten(inputs) if leaf is not None]
+    shapes = [tf.TensorShape([None, *tf.TensorShape(leaf.shape)[1:]]) for leaf in given]
+    wanted = [tf.TensorShape(tensor.shape) for tensor in tf.nest.flatten(expected)]
+    if len(shapes) != len(wanted) or not all(map(_suits, shapes, wanted)):
+        raise ValueError(
+            "`bn_data` must have inputs of the shapes that the model takes. Received: "
+            f"{', '.join(map(str, shapes))}, but the model takes {', '.join(map(str, wanted))}."
+        )
+
+
+def _suits(shape: tf.TensorShape, wanted: tf.TensorShape) -> bool:
+    """Return whether Keras takes inputs of a shape; it adds or drops a last axis of size 1."""
+    if shape.rank is None or wanted.rank is None or shape.rank == wanted.rank:
+        return bool(shape.is_compatible_with(wanted))
+    short, long = sorted((shape, wanted), key=lambda s: s.rank)
+    return bool(
+        long.rank == short.rank + 1 and long[-1] == 1 and long[:-1].is_compatible_with(short)
+    )
 
 
 def inputs_of(batch: Any) -> Any:

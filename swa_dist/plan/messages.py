@@ -1,4 +1,4 @@
-"""The text of warnings, of printed lines, and of errors about a run. Pure Python."""
+"""The text of warnings, and of printed lines. Pure Python."""
 
 from collections.abc import Sequence
 
@@ -22,6 +22,9 @@ RUNNING_BN_PASS = "running forward pass to adjust batch normalization"
 TRACING_BN_PASS = "tracing the forward pass, which takes up to half as long as the first step did"
 
 
+RUNNING_OVER_BN_DATA = "running forward pass over `bn_data` to recompute batch normalization"
+
+
 def of_epoch(epoch: int, line: str) -> str:
     """Return a line about an epoch, counted from 0."""
     return f"Epoch {epoch + 1:05d}: {line}"
@@ -37,34 +40,6 @@ def list_epochs(epochs: Sequence[int]) -> str:
     if len(epochs) > 4:
         return f"{epochs[0] + 1}, {epochs[1] + 1}, ..., {epochs[-1] + 1}"
     return ", ".join(str(epoch + 1) for epoch in epochs)
-
-
-def no_room_for_a_snapshot(
-    *,
-    start_epoch: float,
-    swa_freq: int,
-    first_snapshot: int,
-    first_epoch: int,
-    epochs: int,
-    batch_norm: bool,
-) -> str:
-    """Say why no snapshot fits into a run."""
-    begins = f" from epoch {first_epoch + 1}" if first_epoch else ""
-    last = (
-        f", of which the last, epoch {epochs}, recomputes the batch normalization statistics"
-        if batch_norm
-        else ""
-    )
-    earlier = (
-        " Snapshots of an earlier run are known only from a `backup_dir`." if first_epoch else ""
-    )
-    return (
-        "`start_epoch` and `swa_freq` must leave room for at least one snapshot. Received: "
-        f"start_epoch={start_epoch}, swa_freq={swa_freq}: the first snapshot is at the end of "
-        f"epoch {first_snapshot}, but `fit` trains{begins} to epoch {epochs}{last}, so that epoch "
-        f"{epochs - batch_norm} is the last that could be averaged. Begin earlier or train for "
-        f"more epochs.{earlier}"
-    )
 
 
 def options_without_effect(lr_schedule: str, swa_lr: object, swa_lr2: object) -> list[str]:
@@ -83,9 +58,9 @@ def options_without_effect(lr_schedule: str, swa_lr: object, swa_lr2: object) ->
 def missed_snapshots(epoch: int, missed: range, validate_average: bool) -> str:
     """Warn of a run that begins with an epoch, without the snapshots that were due before."""
     text = (
-        f"Training begins with epoch {epoch + 1}: the snapshots that were due at the end of epoch "
-        f"{list_epochs(missed)} are not in the average. With `backup_dir`, from the first epoch "
-        "on, they are kept for a run that is resumed."
+        f"Training begins with epoch {epoch + 1}: the snapshots of epoch {list_epochs(missed)} are "
+        "not in the average. With `backup_dir`, from the first epoch on, they are kept for a run "
+        "that is resumed."
     )
     if validate_average:
         text += (
@@ -107,44 +82,13 @@ def unknown_initial_rate(epoch: int, rate: float) -> str:
     )
 
 
-def no_checkpoint_of_missed_snapshots(epoch: int, missed: range, folder: str) -> str:
-    """Refuse to resume a run at an epoch for which its folder has no average."""
-    return (
-        f"`backup_dir` must have the average as it was before epoch {epoch + 1}. Received: "
-        f"{folder}. But snapshots were due at the end of epoch {list_epochs(missed)}. Go on with "
-        "the weights of the end of an epoch that is there, and with its number as `initial_epoch`; "
-        "or leave `backup_dir` out, and the average will have later snapshots only."
-    )
-
-
-def no_average(first_snapshot: int, lost: bool) -> str:
-    """Refuse `averaged_weights` without an average."""
-    received = (
-        "after weights were restored while the average was in the model: it is lost."
-        if lost
-        else f"before the end of epoch {first_snapshot}."
-    )
-    return (
-        f"`averaged_weights` must be called after the first snapshot. Received: a call {received}"
-    )
-
-
-def weights_added(name: str, n_averaged: int, first_snapshot: int) -> str:
-    """Refuse a weight that is not in the snapshots that were taken."""
-    return (
-        "`trainable` must not change from False to True, and no weights may be added, once SWA has "
-        f"taken a snapshot. Received: the weight {name!r}, which is not in the {n_averaged} "
-        f"snapshots. Change it before epoch {first_snapshot}, or between two calls of `fit`."
-    )
-
-
 def batch_norm_too_late() -> str:
     """Warn of BN layers that begin to train when no epoch is left for a BN pass."""
     return (
         "Batch normalization layers began to train when no epoch was left for their statistics. "
         "The average will have the average of the snapshots' moving statistics, which are not "
-        "those of the averaged weights. For exact ones, call `update_bn(model, data)` after `fit`, "
-        "or train for more epochs."
+        "those of the averaged weights. For exact ones, give SWA `bn_data`, call `update_bn(model, "
+        "data)` after `fit`, or train for more epochs."
     )
 
 
@@ -160,6 +104,24 @@ def not_finite(epoch: int, n_averaged: int, weight: str, empty_replica: bool) ->
         f"The weights at the end of epoch {epoch + 1} are not finite, and do not enter the "
         f"average, which has {n_averaged} snapshots. The first such weight is {weight!r}. Likely "
         f"cause: {cause}."
+    )
+
+
+def not_finite_steps(epoch: int, due: int, missing: int, n_averaged: int, weight: str) -> str:
+    """Warn of snapshots by steps that were left out."""
+    still = f"The first weight that is still not finite is {weight!r}. " if weight else ""
+    return (
+        f"Left out of the average: {missing} of {due} snapshots of epoch {epoch + 1}, of weights "
+        f"that were not finite. The average has {n_averaged}. {still}Likely cause: training has "
+        "diverged; lower the learning rate, or clip the gradients."
+    )
+
+
+def bn_data_without_effect() -> str:
+    """Warn of `bn_data` for a model without BN layers."""
+    return (
+        "`bn_data` has no effect: the model has no batch normalization layers that train. Leave it "
+        "out."
     )
 
 
@@ -203,12 +165,12 @@ def not_saved(epoch: int, error: Exception) -> str:
     return f"{end} was not saved, and training continues: {error}"
 
 
-def no_snapshot(finished_epoch: int | None, first_snapshot: int, not_finite: bool) -> str:
+def no_snapshot(finished_epoch: int | None, first_snapshot: str, not_finite: bool) -> str:
     """Warn of a run that has ended without an average.
 
     Args:
         finished_epoch: The last epoch, counted from 0; None: there was none.
-        first_snapshot: The epoch, counted from 1, with the first snapshot.
+        first_snapshot: When the first snapshot was to be taken.
         not_finite: Whether snapshots were due and left out.
     """
     if not_finite:
@@ -216,7 +178,7 @@ def no_snapshot(finished_epoch: int | None, first_snapshot: int, not_finite: boo
     else:
         why = (
             f"training ended {_end(finished_epoch)}, and SWA would have taken its first snapshot "
-            f"at the end of epoch {first_snapshot}."
+            f"at {first_snapshot}."
         )
     return f"The model keeps the weights that it has: {why}"
 
@@ -238,7 +200,10 @@ def no_bn_pass(finished_epoch: int | None, n_averaged: int, began: bool) -> str:
             "after. Either a callback that stands after SWA in the list set `stop_training`, or "
             "the data ran out"
         )
-        remedy = "put such a callback before SWA, or let `fit` have data for every epoch"
+        remedy = (
+            "put such a callback before SWA, let `fit` have data for every epoch, or give SWA "
+            "`bn_data`"
+        )
     return (
         f"The batch normalization statistics were not recomputed: {why}. SWA leaves the average of "
         f"{n_averaged} snapshots in the model, and of their moving statistics, which are not those "
@@ -252,7 +217,8 @@ def moved_weights() -> str:
         "The training step changes weights by other means than the optimizers that SWA finds, as "
         "sharpness-aware minimization and adversarial perturbations of weights do. It did so in "
         "the BN pass, too: the batch normalization statistics are partly those of other weights "
-        "than the average. For exact ones, call `update_bn(model, data)` after `fit`."
+        "than the average. For exact ones, give SWA `bn_data`, or call `update_bn(model, data)` "
+        "after `fit`."
     )
 
 

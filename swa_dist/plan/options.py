@@ -28,6 +28,9 @@ class Options:
     backup_dir: str | os.PathLike | None = None
     validate_average: bool = False
     bn_steps: int | None = None
+    snapshot_freq: int | str = "epoch"
+    ema_momentum: float | None = None
+    bn_data: Any = None
 
     def __post_init__(self) -> None:
         fraction = is_real(self.start_epoch) and 0 < self.start_epoch < 1
@@ -60,6 +63,8 @@ class Options:
             self._refuse("validate_average", "True or False")
         if self.bn_steps is not None and not is_integer(self.bn_steps, at_least=1):
             self._refuse("bn_steps", "None or an integer >= 1: batches of the BN pass")
+        check_ema_momentum(self.ema_momentum)
+        self._check_snapshot_freq()
         if self.lr_schedule == "cyclic" and self.swa_freq == 1:
             self._refuse(
                 "swa_freq",
@@ -67,6 +72,28 @@ class Options:
             )
         if self.lr_schedule == "cyclic" and "auto" not in (self.swa_lr, self.swa_lr2):
             check_order(float(self.swa_lr), float(self.swa_lr2))
+
+    def __deepcopy__(self, memo: object) -> "Options":
+        """Return the same ones: they do not change, and a `tf.data.Dataset` cannot be copied."""
+        return self
+
+    def _check_snapshot_freq(self) -> None:
+        freq = self.snapshot_freq
+        if isinstance(freq, str) and freq == "epoch":
+            return
+        if not is_integer(freq, at_least=1):
+            self._refuse("snapshot_freq", "'epoch', or an integer >= 1: steps between snapshots")
+        if self.lr_schedule == "cyclic":
+            self._refuse(
+                "snapshot_freq",
+                "'epoch' with lr_schedule='cyclic': snapshots are taken at the ends of cycles",
+            )
+        if self.swa_freq != 1:
+            self._refuse(
+                "snapshot_freq",
+                f"'epoch' with swa_freq={self.swa_freq!r}, which counts epochs between snapshots, "
+                "where this counts steps; leave one of them out",
+            )
 
     def check_initial_rate(self, rate: float | None, optimizer: str) -> None:
         """Refuse a schedule for an optimizer that it cannot steer.
@@ -97,8 +124,14 @@ class Options:
 
     def __repr__(self) -> str:
         """Return the arguments that are not the default ones."""
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        shown = [f"{f.name}={given[f.name]!r}" for f in fields(self) if given[f.name] != f.default]
+        shown = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name == "bn_data":
+                if value is not None:
+                    shown.append(f"bn_data=<{type(value).__name__}>")
+            elif value != f.default:
+                shown.append(f"{f.name}={value!r}")
         return f"Options({', '.join(shown)})"
 
     def _refuse(self, name: str, rule: str, more: str = "") -> NoReturn:
@@ -116,6 +149,18 @@ def check_order(swa_lr: float, swa_lr2: float) -> None:
         raise ValueError(
             "`swa_lr2` must be at least `swa_lr`: a cycle falls from the one to the other. "
             f"Received: swa_lr2={swa_lr2!r}, swa_lr={swa_lr!r}."
+        )
+
+
+def check_ema_momentum(value: Any) -> None:
+    """Refuse a momentum of an exponential moving average that is none.
+
+    Raises:
+        ValueError: It is neither None nor a number in (0, 1).
+    """
+    if value is not None and not (is_real(value) and 0 < value < 1):
+        raise ValueError(
+            f"`ema_momentum` must be None or a number in (0, 1). Received: ema_momentum={value!r}."
         )
 
 

@@ -3,19 +3,19 @@
 Options and messages count epochs from 1; an `epoch` argument is Keras's, counted from 0.
 """
 
-import bisect
 import math
 from dataclasses import KW_ONLY, dataclass, replace
 
 from swa_dist.plan import schedules
-from swa_dist.plan.messages import list_epochs, no_room_for_a_snapshot
+from swa_dist.plan.errors import no_room_for_a_snapshot, too_few_steps
 from swa_dist.plan.options import Options, check_order, is_integer, is_real
+from swa_dist.plan.table import PrintsAsTable
 
 _FLOAT32_STEP = 1.2e-7
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(PrintsAsTable):
     """What each epoch of a run will be, and its learning rates. It prints as a table.
 
     Args:
@@ -29,8 +29,10 @@ class Plan:
             rate of a cycle with one batch per epoch.
         initial_learning_rate: Learning rate of the optimizer before training. Without it, rates
             that depend on it are NaN, and printed as "?".
-        batch_norm: Whether the model has batch normalization (BN) layers that train. The last
-            epoch then recomputes their statistics (the BN pass).
+        batch_norm: Whether the model has batch normalization (BN) layers that train. Unless
+            `bn_data` is true, the last epoch then recomputes their statistics (the BN pass).
+        bn_data: Whether BN statistics come from data of one's own: see `SWA`.
+        snapshot_freq: See `SWA`.
 
     Raises:
         ValueError: An argument is out of range, no snapshot fits into the run, or rates left to
@@ -57,9 +59,14 @@ class Plan:
     steps_per_epoch: int | None = None
     initial_learning_rate: float | None = None
     batch_norm: bool = True
+    bn_data: bool = False
+    snapshot_freq: int | str = "epoch"
 
     def __post_init__(self) -> None:
-        Options(self.start_epoch, self.lr_schedule, self.swa_lr, self.swa_lr2, self.swa_freq)
+        Options(
+            *(self.start_epoch, self.lr_schedule, self.swa_lr, self.swa_lr2, self.swa_freq),
+            snapshot_freq=self.snapshot_freq,
+        )
         steps, rate = self.steps_per_epoch, self.initial_learning_rate
         for name, is_right, rule in (
             ("epochs", is_integer(self.epochs, at_least=1), "an integer >= 1"),
@@ -74,6 +81,7 @@ class Plan:
                 "None or a finite number > 0",
             ),
             ("batch_norm", isinstance(self.batch_norm, bool), "True or False"),
+            ("bn_data", isinstance(self.bn_data, bool), "True or False"),
         ):
             if not is_right:
                 raise ValueError(
@@ -86,7 +94,7 @@ class Plan:
         # NumPy's integers may be narrow.
         object.__setattr__(self, "start_epoch", int(start_epoch))
         object.__setattr__(self, "swa_freq", int(self.swa_freq))
-        self.check_first_epoch(0, given)
+        self.check_first_epoch(0, start_epoch=given)
         if self.lr_schedule == "cyclic":
             check_order(self._low_rate, self._high_rate)
 
@@ -110,54 +118,103 @@ class Plan:
             steps_per_epoch=steps_per_epoch,
             initial_learning_rate=initial_learning_rate,
             batch_norm=batch_norm,
+            bn_data=options.bn_data is not None,
+            snapshot_freq=options.snapshot_freq,
         )
 
     @property
-    def first_snapshot(self) -> int:
-        """Epoch, counted from 1, at whose end the first snapshot is due."""
-        return self._start + self.swa_freq - 1
+    def snapshot_steps(self) -> int | None:
+        """Training steps from one snapshot to the next; None: snapshots are taken by epochs."""
+        return None if isinstance(self.snapshot_freq, str) else int(self.snapshot_freq)
 
-    def check_first_epoch(self, epoch: int, start_epoch: float | None = None) -> None:
+    @property
+    def first_snapshot(self) -> int:
+        """Epoch, counted from 1, in which the first snapshot is due, as far as that is known."""
+        if self.snapshot_steps is None:
+            return self._start + self.swa_freq - 1
+        steps = self.steps_per_epoch or self.snapshot_steps
+        return self._start - 1 + math.ceil(self.snapshot_steps / steps)
+
+    @property
+    def first_snapshot_point(self) -> str:
+        """When the first snapshot is due, in words."""
+        if self.snapshot_steps is None:
+            return f"the end of epoch {self.first_snapshot}"
+        return f"training step {self.snapshot_steps}, counted from epoch {self.start_epoch} on"
+
+    @property
+    def ends_with_bn_pass(self) -> bool:
+        """Whether the last epoch recomputes BN statistics instead of training."""
+        return self.batch_norm and not self.bn_data
+
+    def check_first_epoch(
+        self, epoch: int, counted_steps: int = 0, start_epoch: float | None = None
+    ) -> None:
         """Refuse a run that begins at an epoch and ends without a snapshot.
 
         Args:
             epoch: First epoch that will be trained, counted from 0.
+            counted_steps: Training steps that were counted before, for snapshots by steps.
             start_epoch: What was given as such, for the message.
 
         Raises:
             ValueError: With the arguments and epochs that do not fit.
         """
-        if not self.snapshot_epochs(epoch, self.epochs):
+        given = self.start_epoch if start_epoch is None else start_epoch
+        averaged = self.snapshot_epochs(epoch, self.epochs)
+        if not averaged:
             raise ValueError(
                 no_room_for_a_snapshot(
-                    start_epoch=self.start_epoch if start_epoch is None else start_epoch,
+                    start_epoch=given,
                     swa_freq=self.swa_freq,
                     first_snapshot=self.first_snapshot,
                     first_epoch=epoch,
                     epochs=self.epochs,
-                    batch_norm=self.batch_norm,
+                    ends_with_bn_pass=self.ends_with_bn_pass,
                 )
             )
+        if self.snapshot_steps is not None and self.steps_per_epoch is not None:
+            steps = counted_steps + len(averaged) * self.steps_per_epoch
+            if steps < self.snapshot_steps:
+                raise ValueError(too_few_steps(given, self.snapshot_steps, steps, averaged))
 
     def is_start(self, epoch: int) -> bool:
         """Return whether averaging begins with this epoch."""
         return epoch + 1 == self.start_epoch
 
     def is_snapshot(self, epoch: int) -> bool:
-        """Return whether the weights at the end of this epoch enter the average."""
+        """Return whether the weights at the end of this epoch enter the average.
+
+        With snapshots by steps: False, if the steps of an epoch are not known.
+        """
         into = epoch + 1 - self._start + 1
-        return into > 0 and into % self.swa_freq == 0 and not self.is_bn_pass(epoch)
+        if into <= 0 or self.is_bn_pass(epoch):
+            return False
+        if self.snapshot_steps is None:
+            return into % self.swa_freq == 0
+        return into * (self.steps_per_epoch or math.nan) % self.snapshot_steps == 0
+
+    def averages_steps(self, epoch: int) -> bool:
+        """Return whether snapshots by steps may be taken in this epoch."""
+        averages = self.snapshot_steps is not None and epoch + 1 >= self._start
+        return averages and not self.is_bn_pass(epoch)
 
     def snapshot_epochs(self, first: int, end: int) -> range:
-        """Return the epochs from `first` on, and before `end`, that end with a snapshot."""
+        """Return the epochs from `first` on, and before `end`, that end with a snapshot.
+
+        With snapshots by steps: those in which they may be taken.
+        """
+        end = min(end, self.epochs - self.ends_with_bn_pass)
+        if self.snapshot_steps is not None:
+            return range(max(first, self._start - 1), end)
         earliest, freq = self.first_snapshot - 1, self.swa_freq
         if first > earliest:
             earliest += -(-(first - earliest) // freq) * freq
-        return range(earliest, min(end, self.epochs - self.batch_norm), freq)
+        return range(earliest, end, freq)
 
     def is_bn_pass(self, epoch: int) -> bool:
         """Return whether this epoch recomputes BN statistics instead of training."""
-        return self.batch_norm and epoch + 1 == self.epochs
+        return self.ends_with_bn_pass and epoch + 1 == self.epochs
 
     def needs_initial_learning_rate(self, epoch: int) -> bool:
         """Return whether the rates from this epoch on depend on the one before training."""
@@ -200,8 +257,12 @@ class Plan:
         return schedules.cyclic(batch_in_cycle, freq * steps, self._low_rate, self._high_rate)
 
     def stopped_after(self, epoch: int) -> "Plan":
-        """Return the plan of a run that is to end early, with the epoch after this one."""
-        return replace(self, epochs=epoch + 2)
+        """Return the plan of a run that is to end early, with the epoch after this one.
+
+        With BN layers that is a BN pass. (A run with `bn_data` needs none, but for one that is
+        resumed after it was stopped: Keras does not resume at the end of `fit`.)
+        """
+        return replace(self, epochs=epoch + 2, bn_data=False)
 
     @property
     def _start(self) -> int:
@@ -224,66 +285,6 @@ class Plan:
             return self._low_rate + 0.25 * (self._initial_rate - self._low_rate)
         return float(self.swa_lr2)
 
-    def __repr__(self) -> str:
-        """Return a table of the phases of the run, and its snapshots."""
-        table = [("epochs", "what happens", "learning rate")]
-        first = 0
-        while first < self.epochs:
-            # By bisection: `epochs` may be ten million, with early stopping to end the run.
-            phase = self._phase(first)
-            end = bisect.bisect_right(range(self.epochs), phase, lo=first, key=self._phase)
-            table.append((_span(first + 1, end), *self._line(first, end - 1)))
-            first = end
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in table]
-
-        snapshots = self.snapshot_epochs(0, self.epochs)
-        lines.append(f"snapshots ({len(snapshots)}): at the end of epoch {list_epochs(snapshots)}")
-        if any(_number(math.nan) in rate for _, _, rate in table):
-            lines.append("?: depends on the optimizer's learning rate, which was not given")
-        return "\n".join(lines)
-
-    def _phase(self, epoch: int) -> tuple[bool, bool, bool, int]:
-        """Return what the epochs of one line of the table share; it rises from line to line."""
-        averages = epoch + 1 >= self.start_epoch
-        rate = 0
-        if self.lr_schedule != "manual" and not averages:
-            fraction = self._initial_rate_fraction(epoch)
-            rate = 2 - math.ceil(fraction) - math.floor(fraction)
-        return self.is_bn_pass(epoch), self._is_in_vain(epoch), averages, rate
-
-    def _is_in_vain(self, epoch: int) -> bool:
-        """Return whether an epoch trains after the last snapshot: the average lacks it."""
-        return epoch > self.snapshot_epochs(0, self.epochs)[-1] and not self.is_bn_pass(epoch)
-
     def _initial_rate_fraction(self, epoch: int) -> float:
         """Return how much of the initial rate an epoch's rate has: 1 at first, 0 in the end."""
         return schedules.annealed(epoch + 1, self._start, initial_rate=1.0, swa_lr=0.0)
-
-    def _line(self, first: int, last: int) -> tuple[str, str]:
-        """Return what happens in the epochs of one phase, and at which learning rate."""
-        if self.is_bn_pass(first):
-            return "BN pass of the average", "0"
-        what = "training and averaging" if first + 1 >= self.start_epoch else "training"
-        if self._is_in_vain(first):
-            what = "training, for no snapshot"
-        if self.learning_rate(first) is None:
-            return what, "yours"
-        if self.changes_within(first):
-            batches = f" of {self.steps_per_epoch} batches" if self.steps_per_epoch else ""
-            cycle = _distinct(self._high_rate, self._low_rate)
-            return what, f"{cycle} in {self.swa_freq} epochs{batches}"
-        return what, _distinct(self.learning_rate(first), self.learning_rate(last))
-
-
-def _distinct(first: float | None, last: float | None) -> str:
-    return " to ".join(dict.fromkeys([_number(first), _number(last)]))
-
-
-def _number(rate: float | None) -> str:
-    assert rate is not None
-    return "?" if math.isnan(rate) else f"{rate:.4g}"
-
-
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first} to {last}"

@@ -9,6 +9,7 @@ class Progress:
 
     Attributes:
         n_averaged: Snapshots in the average.
+        steps: Training steps that were counted for snapshots by steps.
         not_finite: Snapshots that were due and left out.
         stopped: Completed epochs when training was stopped early; 0: it was not.
         batch_size: Samples in the largest global batch; None before the first epoch has ended.
@@ -21,3 +22,4 @@ class Progress:
     stopped: int = 0
     batch_size: int | None = None
     final_statistics: str | None = None
+    steps: int = 0

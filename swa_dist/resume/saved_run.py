@@ -47,18 +47,27 @@ class SavedRun:
         keras_api: Its Keras version.
         with_weights: Whether trained weights and BN statistics are saved, too: the model may be
             saved elsewhere with the average in their place.
+        ema_momentum: See `SWA`.
+        bn_data: Whether BN statistics come from data of the user's own.
 
     Distribution:
         Everything in cross-replica context, on every worker.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, model: Model, keras_api: KerasAPI, with_weights: bool
+        self,
+        folder: str | os.PathLike,
+        model: Model,
+        keras_api: KerasAPI,
+        with_weights: bool,
+        ema_momentum: float | None,
+        bn_data: bool,
     ) -> None:
         self._checkpoints = Checkpoints(folder, is_chief(model.distribute_strategy))
         self._model = model
         self._keras_api = keras_api
         self._with_weights = with_weights
+        self._ema_momentum, self._bn_data = ema_momentum, bn_data
         self._record: dict[str, Any] = {}
         self._saved_epoch: int | None = None
         self._updates_before_epoch: int | None = None
@@ -69,7 +78,10 @@ class SavedRun:
         """Create and lock the folder that the options name, if they do. See `Checkpoints.open`."""
         if options.backup_dir is None:
             return None
-        saved = cls(options.backup_dir, model, keras_api, options.validate_average)
+        saved = cls(
+            *(options.backup_dir, model, keras_api, options.validate_average),
+            *(options.ema_momentum, options.bn_data is not None),
+        )
         saved._checkpoints.open()
         return saved
 
@@ -229,5 +241,8 @@ class SavedRun:
                 for name, rate in (("swa_lr", plan.swa_lr), ("swa_lr2", plan.swa_lr2))
             },
             "swa_freq": plan.swa_freq,
+            "snapshot_freq": plan.snapshot_steps or "epoch",
+            "ema_momentum": self._ema_momentum and float(self._ema_momentum),
             "validate_average": self._with_weights,
+            "bn_data": self._bn_data,
         }

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from swa_dist.averaging.snapshots import Snapshots
-from swa_dist.plan import messages
+from swa_dist.plan import errors, messages
 from swa_dist.plan.plan import Plan
 from swa_dist.plan.progress import Progress
 from swa_dist.resume.saved_run import SavedRun
@@ -57,8 +57,10 @@ def find_start(epoch: int, plan: Plan, snapshots: Snapshots, saved: SavedRun | N
         missed = resumed.plan.snapshot_epochs(
             resumed.completed_epochs, min(epoch, progress.stopped or epoch)
         )
-        due = list(missed[:2]) == [epoch - 1] and saved.is_at_end_of_epoch(
-            epoch, resumed.completed_epochs
+        due = (
+            list(missed[:2]) == [epoch - 1]
+            and plan.snapshot_steps is None  # else it had snapshots that are lost
+            and saved.is_at_end_of_epoch(epoch, resumed.completed_epochs)
         )
         start = Start(
             *(resumed.plan, progress, resumed.initial_rates, due),
@@ -66,9 +68,7 @@ def find_start(epoch: int, plan: Plan, snapshots: Snapshots, saved: SavedRun | N
             is_resumed=True,
         )
     if saved and start.missed and epoch < start.plan.epochs:
-        raise ValueError(
-            messages.no_checkpoint_of_missed_snapshots(epoch, start.missed, str(saved))
-        )
+        raise ValueError(errors.no_checkpoint_of_missed_snapshots(epoch, start.missed, str(saved)))
     return start
 
 

@@ -34,7 +34,7 @@ class SampleCounter(TrainFunction):
         train_step = model.train_step
 
         def counted_train_step(data):  # type: ignore[no-untyped-def]
-            self._count(data)
+            self.count(data)
             return train_step(data)
 
         super().__init__(model, lambda: patched([(model, "train_step", counted_train_step)]))
@@ -81,13 +81,13 @@ class SampleCounter(TrainFunction):
         self._total.assign(tf.cast(tf.round(total), tf.int64))
 
     @tf.autograph.experimental.do_not_convert
-    def _count(self, data: Any) -> None:
+    def count(self, data: Any) -> None:
+        """Count a batch, in the training step that it is fed to, on each replica."""
         context = tf.distribute.get_replica_context()
         samples, is_empty = context.merge_call(_local_samples, args=(count_samples(data),))
         # At the end of the data the step runs once more, and fails for want of a batch. It must not
         # be counted, not even where the number of samples is static.
-        fed = [t for t in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(t)]
-        with tf.control_dependencies(fed):
+        with tf.control_dependencies(batch_tensors(data)):
             self._largest.assign(tf.maximum(self._largest, samples))
             self._batches.assign_add(1)
             self._batches_with_empty_replica.assign_add(is_empty)
@@ -98,3 +98,8 @@ def _local_samples(strategy: tf.distribute.Strategy, samples: Any) -> tuple[tf.T
     local = tf.stack(strategy.experimental_local_results(samples))
     mean = tf.reduce_mean(tf.cast(local, tf.float32))
     return mean, tf.cast(tf.reduce_min(local) == 0, tf.int64)
+
+
+def batch_tensors(data: Any) -> list[tf.Tensor]:
+    """Return the tensors in a batch: what depends on them runs only if there is one."""
+    return [t for t in tf.nest.flatten(data, expand_composites=True) if tf.is_tensor(t)]

@@ -130,9 +130,9 @@ def test_each_operation_is_traced_once(two_replicas):
     runs = []
 
     class Counted(WeightAverage):
-        def _update_replica(self):
+        def update_replica(self):
             runs.append("update")
-            super()._update_replica()
+            super().update_replica()
 
         def _copy_replica(self):
             runs.append("copy")
@@ -330,7 +330,7 @@ def test_an_update_compiles_under_xla():
     strategy = tf.distribute.get_strategy()
     variables = mirrored_variables(strategy, ["float32", "bfloat16", "float32", "float64"])
     average = average_of(variables, strategy)
-    compiled = tf.function(average._update_replica, jit_compile=True)
+    compiled = tf.function(average.update_replica, jit_compile=True)
     compiled()
     variables[0].assign(tf.fill(SHAPES[0], np.inf))
     compiled()
@@ -341,6 +341,9 @@ def test_without_an_average_a_copy_leaves_the_weights_alone(strategy):
     variables = mirrored_variables(strategy, ["float32"] * 4)
     for v in variables:
         v.assign(tf.ones(v.shape))
-    average_of(variables, strategy).copy_to_model()
+    average = average_of(variables, strategy)
+    tf.function(average.copy_to_model)()
+    with pytest.raises(RuntimeError, match="There is no average yet"):
+        average.copy_to_model()
     for replica in copies(strategy, variables):
         assert_bitwise(replica, [np.ones(v.shape) for v in variables])

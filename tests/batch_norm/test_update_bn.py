@@ -17,7 +17,7 @@ from tests.helpers.assertions import assert_bitwise, assert_mean, assert_varianc
 from tests.helpers.data import positions
 from tests.helpers.devices import devices, mirrored
 from tests.helpers.kit import KITS
-from tests.helpers.marks import with_renorm
+from tests.helpers.marks import takes_missing_inputs, with_renorm
 
 pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
 
@@ -372,6 +372,7 @@ def test_a_batch_of_another_length_is_refused_and_changes_nothing(kit, batch):
     assert_bitwise(copies(kit, model), before)
 
 
+@takes_missing_inputs
 def test_an_optional_input_may_be_missing(kit, two_replicas):
     class Model(kit.keras.Model):
         def __init__(self):

@@ -8,7 +8,7 @@ from tests.helpers.callbacks import at, stop
 from tests.helpers.data import batched, data, held_out
 from tests.helpers.devices import NO_STRATEGY
 from tests.helpers.fits import fit
-from tests.helpers.marks import tf_keras_only
+from tests.helpers.marks import resumes_after_the_end_with_use_ema, tf_keras_only
 from tests.helpers.models import build
 
 pytestmark = pytest.mark.either_keras
@@ -237,6 +237,7 @@ def test_the_state_that_is_saved_before_the_average_is_shown_is_of_the_trained_w
     assert_bitwise(kit.trainable(model), kit.trainable(reference))
 
 
+@resumes_after_the_end_with_use_ema
 def test_an_optimizers_own_average_gives_way_also_in_a_run_resumed_after_its_bn_pass(
     kit, two_replicas, tmp_path
 ):

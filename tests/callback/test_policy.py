@@ -9,6 +9,8 @@ from tests.helpers.stand_ins import RATE, StandInFit
 
 SNAPSHOT, CARRY, BACK = "snapshot", "carry the average", "own weights back"
 COPY = "average into the model"
+RECOMPUTE, AGAIN = "pass over bn_data", "its statistics again"
+BN_DATA = object()
 HOOKS = ["epoch begin", "batch end", "epoch end"]
 
 
@@ -124,6 +126,52 @@ def test_a_stop_within_the_pass_has_the_statistics_of_what_it_saw(fit):
     assert_ends(fitted, COPY, *epoch(5), COPY)
     assert fitted.logs[-1]["learning_rate"] == 0
     assert not fitted.warnings
+
+
+def test_with_bn_data_every_epoch_trains_and_the_pass_is_before_the_last_validation(fit):
+    fitted = fit(4, 3, bn_data=BN_DATA).train(validated=True)
+    assert fitted.notes == [
+        *epoch(1, "validate"), *epoch(2, "validate"), *epoch(3, "validate", SNAPSHOT),
+        *epoch(4, SNAPSHOT, CARRY, RECOMPUTE, "validate"), BACK, COPY, AGAIN, COPY, AGAIN,
+    ]  # fmt: skip
+    assert [logs["learning_rate"] for logs in fitted.logs] == [RATE] * 4
+    assert not fitted.warnings
+
+
+def test_with_bn_data_each_validation_of_the_average_has_a_pass(fit):
+    fitted = fit(3, 2, bn_data=BN_DATA, validate_average=True).train(validated=True)
+    assert fitted.notes == [
+        *epoch(1, "validate"), *epoch(2, SNAPSHOT, CARRY, RECOMPUTE, "validate"), BACK,
+        *epoch(3, SNAPSHOT, CARRY, RECOMPUTE, "validate"), BACK, COPY, AGAIN, COPY, AGAIN,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("where", ["stop_before", "stop_after"])
+def test_with_bn_data_a_stop_anywhere_ends_the_run_with_its_epoch(fit, hook, where):
+    fitted = fit(9, 2, bn_data=BN_DATA).train(**{where: (4, hook)})
+    assert len(fitted.logs) == 4
+    assert fitted.notes.count(RECOMPUTE) == 1
+    assert fitted.notes[-2:] in ([COPY, RECOMPUTE], [COPY, AGAIN])
+    assert fitted.state.n_averaged == 3
+    assert fitted.model.stop_training
+    assert not fitted.warnings
+
+
+def test_a_stop_that_is_withdrawn_after_the_pass_is_warned_of_and_forgotten(fit):
+    fitted = fit(6, 2, bn_data=BN_DATA).train(stop_before=(3, "epoch end"), withdraw_after=3)
+    assert len(fitted.logs) == 6
+    (warning,) = fitted.warnings
+    assert "Training continues with epoch 4 from the average" in warning
+    assert fitted.state.progress.stopped == 0
+    assert fitted.notes.count(RECOMPUTE) == 2
+
+
+def test_bn_data_without_bn_layers_is_warned_of(fit):
+    fitted = fit(3, 2, bn_data=BN_DATA, batch_norm=False).train()
+    (warning,) = fitted.warnings
+    assert "`bn_data` has no effect" in warning
+    assert RECOMPUTE not in fitted.notes
 
 
 @pytest.mark.parametrize("hook", HOOKS)

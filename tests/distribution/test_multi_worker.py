@@ -91,14 +91,15 @@ def assert_one(workers, model_file, scenario, n_devices):
             assert len(replicas) == n_devices
             assert (replicas == replicas[0]).all()
 
-    lasts, stop = SCENARIOS[scenario]
-    averaged = range(START, (stop or EPOCHS - 1) + 1)
+    setup = SCENARIOS[scenario]
+    averaged = range(START, setup.end + 1)
     n_weights = sum(name.startswith("weights") for name in first)
     snapshots = [
         [first[f"snapshot{e}_{i}"].astype(np.float64) for e in averaged] for i in range(n_weights)
     ]
     weights = [first[f"weights{i}"] for i in range(n_weights)]
-    assert_weights(weights, [np.mean(s, 0) for s in snapshots])
+    shares = [(setup.ema_momentum or 1) ** (setup.end - e) for e in averaged]
+    assert_weights(weights, [np.average(s, 0, shares) for s in snapshots])
     assert first["n_averaged"] == len(averaged)
 
     # The statistics are those of the union of what the workers' replicas were fed.
@@ -106,17 +107,22 @@ def assert_one(workers, model_file, scenario, n_devices):
         seen = np.concatenate([w[f"samples{i}"] for w in (first, second)]).astype(np.float64)
         assert_mean(first[f"mean{i}"][0], seen.mean(0), seen.std(0))
         assert_variance(first[f"variance{i}"][0], seen.var(0))
-    fed = [
-        samples_of(i, n_devices * ((STEPS - 1) * SIZES[i] + min(lasts[i], SIZES[i])))[0]
-        for i in range(2)
-    ]
-    for worker, x in zip((first, second), fed, strict=True):
-        np.testing.assert_allclose(worker["samples0"].sum(0), x.sum(0), rtol=1e-5)
+    if setup.bn_data:
+        seen = np.concatenate([w["samples0"] for w in (first, second)])
+        assert_bitwise([np.sort(seen, 0)], [np.sort(samples_of(9, SAMPLES)[0], 0)])
+    else:
+        fed = [
+            samples_of(i, n_devices * ((STEPS - 1) * SIZES[i] + min(setup.lasts[i], SIZES[i])))[0]
+            for i in range(2)
+        ]
+        for worker, x in zip((first, second), fed, strict=True):
+            np.testing.assert_allclose(worker["samples0"].sum(0), x.sum(0), rtol=1e-5)
     assert first["inferred_batch_size"] == n_devices * sum(SIZES)
 
     history = json.loads(str(first["history"]))
-    assert len(history["loss"]) == averaged[-1] + 1
-    np.testing.assert_allclose(history["learning_rate"][-2:], [0.02, 0.0], rtol=1e-6)
+    assert len(history["loss"]) == setup.end + (not setup.bn_data)
+    last_rate = 0.02 if setup.bn_data else 0.0
+    np.testing.assert_allclose(history["learning_rate"][-2:], [0.02, last_rate], rtol=1e-6)
     assert first["rate"] == pytest.approx(0.02)
     tap = {"Tap": KITS[1].Tap}
     saved = tf_keras.models.load_model(model_file, custom_objects=tap)

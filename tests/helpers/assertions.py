@@ -15,6 +15,11 @@ RELATIVE = 1e-6
 RELATIVE_OF_HUNDREDS = 3e-6
 
 
+# Of the weights of two trainings whose operations round in different places: with each step the
+# differences grow.
+RELATIVE_OF_TRAINING = 1e-5
+
+
 def assert_mean(actual, expected, spread):
     """Statistics are compared on the scale of the data: a mean of 1e-9 times the spread is 0."""
     scale = np.maximum(np.abs(expected), spread)

@@ -34,15 +34,32 @@ class Scenario:
     arguments: tuple = (2, "constant", 0.01)
     known_length: bool = True
     validate_average: bool = False
+    steps: int | None = None  # between snapshots
+    ema_momentum: float | None = None
+    bn_data: bool = False
+    stop: int | None = None  # the epoch with whose end a callback before SWA stops
 
-    def phases(self, snapshot):
+    @property
+    def epochs(self):
+        return self.stop or EPOCHS
+
+    def phases(self, epoch, snapshot):
         """What an epoch goes through, in order; a number is a place in the list of callbacks."""
         writes = ["torn", "written"] * snapshot
+        passes = ["pass"] * self.bn_data
+        if epoch + 1 == self.stop:
+            # Before SWA has saved that there was a stop, it is as if there had been none; and
+            # afterwards the run is resumed in another epoch.
+            return ["begin", "batch", *passes]
         if self.validate_average:
-            validation = ["test begin 0", *writes, "test begin 1", "test begin 2"]
-            validation += ["test batch 0", "test end 0", "test end 2"]
+            validation = ["test begin 0", *writes, *passes * snapshot, "test begin 1"]
+            validation += ["test begin 2", "test batch 0", "test end 0", "test end 2"]
             return ["begin", "batch", *validation, "end 0", "end 1", "end 2"]
         ends = ["end 0", "end 1", "end 2"]
+        is_last = epoch + 1 == EPOCHS
+        if self.steps or (is_last and self.bn_data):
+            # What could not be made up for is saved with the last batch.
+            return ["begin", "batch", *writes, *passes * is_last, *ends]
         ends[1 if self.swa_first else 2 : 0] = writes
         return ["begin", "batch", *ends]
 
@@ -55,24 +72,33 @@ SCENARIOS = [
     Scenario(swa_first=True, validate_average=True),
     Scenario(swa_first=False, arguments=CYCLIC, validate_average=True),
     Scenario(swa_first=True, replicas=1, norm=False, validate_average=True),
+    Scenario(swa_first=False, steps=2),
+    Scenario(swa_first=True, replicas=1, norm=False, steps=1, ema_momentum=0.9),
+    Scenario(swa_first=False, bn_data=True, stop=4),
+    Scenario(swa_first=False, replicas=1, bn_data=True, validate_average=True, steps=4),
 ]
 
 
 def points(kit, scenario, generator):
     """Three points at which to kill, each later than the one before."""
-    plan = kit.SWA(*scenario.arguments).plan(EPOCHS, learning_rate=0.05, batch_norm=scenario.norm)
+    trains_to_the_end = scenario.bn_data or not scenario.norm
+    plan = kit.SWA(*scenario.arguments).plan(
+        EPOCHS, learning_rate=0.05, batch_norm=not trains_to_the_end
+    )
     possible = [
         (epoch, phase)
-        for epoch in range(EPOCHS)
-        for phase in scenario.phases(plan.is_snapshot(epoch))
+        for epoch in range(scenario.epochs)
+        for phase in scenario.phases(epoch, plan.is_snapshot(epoch))
     ]
-    possible += itertools.product([EPOCHS - 1], AT_THE_END)
+    possible += itertools.product([scenario.epochs - 1], AT_THE_END)
     if scenario.swa_first:
         # Where BackupAndRestore still has its files and SWA none: the guide's exception.
         possible.remove((EPOCHS - 1, "train end 1"))
     numbers = range(len(possible))
     # One of them while the average is in the model, if it ever is.
-    carried = [i for i in numbers if "test" in possible[i][1] and possible[i][0] > 1]
+    carried = [
+        i for i in numbers if possible[i][1].startswith(("test", "pass")) and possible[i][0] > 1
+    ]
     chosen = generator.sample(carried, 1) if carried else []
     chosen += generator.sample(sorted({*numbers} - {*chosen}), 3 - len(chosen))
     return [possible[i] for i in sorted(chosen)]
@@ -90,10 +116,12 @@ def live(kit, scenario, folder, point, result):
         model = keras.Sequential([keras.layers.Input((3,)), *norms, keras.layers.Dense(2)])
         model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", jit_compile=False)
 
+    now = [-1]  # the epoch
+
     def killer(place):
         class Killer(keras.callbacks.Callback):
             def on_epoch_begin(self, epoch, logs=None):
-                self.epoch = epoch
+                self.epoch = now[0] = epoch
                 die(epoch, "begin" if place == 0 else None)
 
             def on_train_batch_end(self, batch, logs=None):
@@ -111,9 +139,11 @@ def live(kit, scenario, folder, point, result):
 
             def on_epoch_end(self, epoch, logs=None):
                 die(epoch, f"end {place}")
+                if place == 0 and epoch + 1 == scenario.stop:
+                    self.model.stop_training = True
 
             def on_train_end(self, logs=None):
-                die(EPOCHS - 1, f"train end {place}")
+                die(scenario.epochs - 1, f"train end {place}")
 
         return Killer()
 
@@ -142,8 +172,21 @@ def live(kit, scenario, folder, point, result):
     fed = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
     if not scenario.known_length:
         fed = fed.apply(tf.data.experimental.assert_cardinality(tf.data.UNKNOWN_CARDINALITY))
+
+    def batches():
+        yield x[:8] + 1
+        die(min(now[0], scenario.epochs - 1), "pass")
+        yield x[8:] + 1
+
+    spec = tf.TensorSpec([None, 3], tf.float32)
+    bn_data = tf.data.Dataset.from_generator(batches, output_signature=spec)
     swa = kit.SWA(
-        *scenario.arguments, backup_dir=folder / "swa", validate_average=scenario.validate_average
+        *scenario.arguments,
+        backup_dir=folder / "swa",
+        validate_average=scenario.validate_average,
+        snapshot_freq=scenario.steps or "epoch",
+        ema_momentum=scenario.ema_momentum,
+        bn_data=bn_data if scenario.bn_data else None,
     )
     restore = keras.callbacks.BackupAndRestore(str(folder / "model"))
     pair = [swa, restore] if scenario.swa_first else [restore, swa]

@@ -3,12 +3,14 @@
 `Run` and `RunState` are the real ones. What they work on notes what it is told to do.
 """
 
+import contextlib
 import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from swa_dist import final_average
 from swa_dist import run as run_module
 from swa_dist.plan.options import Options
 from swa_dist.plan.plan import Plan
@@ -35,12 +37,19 @@ class StandInState(RunState):
     ) -> None:
         self.notes: list[str] = []
         self.options = options
-        self.model = SimpleNamespace(stop_training=False, trainable_variables=[])
+        self.model = SimpleNamespace(
+            stop_training=False,
+            trainable_variables=[],
+            variables=[],
+            distribute_strategy=SimpleNamespace(experimental_local_results=list),
+            notes=self.notes,
+        )
         self.keras_api = _StandInKerasAPI(batch_norm)
         self.rates = _StandInRates(self.notes)
         self.position = Position(declared_steps=steps)
         self.progress = Progress()
         self.snapshots = _StandInSnapshots(self, not_finite)
+        self._step_snapshots = None
         self._adopt(Plan.of(options, epochs, steps, RATE, batch_norm))
         self.counted = SimpleNamespace(batches=0, largest_batch=8, batches_with_empty_replica=0)
 
@@ -57,7 +66,7 @@ class _StandInKerasAPI:
     is_keras_3 = True
 
     def __init__(self, batch_norm: bool) -> None:
-        self._layers = ["a BN layer"] * batch_norm
+        self._layers = [SimpleNamespace(keras_layer="a BN layer")] * batch_norm
 
     def steps_per_execution(self, model: Any, known: int | None = None) -> int:
         return 1
@@ -65,7 +74,7 @@ class _StandInKerasAPI:
     def step_optimizers(self, model: Any) -> Any:
         return SimpleNamespace(read_rates=lambda: {"optimizer": RATE})
 
-    def trainable_batch_norm(self, model: Any) -> list[str]:
+    def trainable_batch_norm(self, model: Any) -> list[Any]:
         return self._layers
 
 
@@ -105,7 +114,9 @@ class _StandInSnapshots:
             carry=self._carry,
             copy_to_model=lambda: self._note("average into the model"),
             statistics_of_model="statistics",
-            weights=SimpleNamespace(normalize=lambda: None),
+            weights=SimpleNamespace(normalize=lambda: None, weights=[]),
+            statistics=[],
+            writing_statistics=contextlib.nullcontext,
         )
 
     def prepare(self) -> None:
@@ -159,6 +170,21 @@ class StandInPass:
         return []
 
 
+class StandInForwardPass:
+    """A pass over `bn_data`, which the model notes."""
+
+    unobserved: tuple[str, ...] = ()
+
+    def __init__(self, model: Any, keras_api: Any, unwritten: Any) -> None:
+        self.keras_layers, self._notes = ["a BN layer"], model.notes
+
+    def run(self, *_: Any) -> None:
+        self._notes.append("pass over bn_data")
+
+    def reapply(self) -> None:
+        self._notes.append("its statistics again")
+
+
 class StandInFit:
     """`fit` as Keras calls the hooks.
 
@@ -187,6 +213,7 @@ class StandInFit:
         **more_options: Any,
     ) -> None:
         monkeypatch.setattr(run_module, "BatchNormPass", StandInPass)
+        monkeypatch.setattr(final_average, "ForwardPass", StandInForwardPass)
         self.epochs, self.steps = epochs, steps or 3
         options_ = Options(*options, **more_options)
         self.state = StandInState(options_, epochs, steps, batch_norm, not_finite)

@@ -14,9 +14,9 @@ def stand_in(variables, strategy):
     return SimpleNamespace(trainable_variables=variables, distribute_strategy=strategy)
 
 
-def average_of(variables, strategy):
+def average_of(variables, strategy, ema_momentum=None):
     """The average of variables that are the weights of no model."""
-    return WeightAverage(stand_in(variables, strategy))
+    return WeightAverage(stand_in(variables, strategy), ema_momentum=ema_momentum)
 
 
 def mirrored_variables(strategy, dtypes):
@@ -39,9 +39,9 @@ def graphs_of(function):
     return [graph, *(f.graph for f in graph._functions.values() if hasattr(f, "graph"))]
 
 
-def random_weights(strategy, variables, generator):
+def random_weights(strategy, variables, generator, mean=0):
     """Assign random values, and return them."""
-    values = [generator.normal(size=v.shape) * 3 for v in variables]
+    values = [generator.normal(size=v.shape) * 3 + mean for v in variables]
     for v, value in zip(variables, values, strict=True):
         v.assign(tf.cast(value, v.dtype))
     return copies(strategy, variables)[0]

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -20,13 +21,34 @@ from swa_dist import update_bn
 STEPS, EPOCHS, START = 3, 6, 2
 SIZES = [8, 5]  # samples of a replica's batches, by worker
 
+
+class Scenario(NamedTuple):
+    """How the workers train.
+
+    Attributes:
+        lasts: Samples of the last batch of an epoch, on each worker.
+        stop: Epoch at whose end training is stopped.
+        ema_momentum: See `SWA`.
+        bn_data: Whether BN statistics come from data of all workers.
+    """
+
+    lasts: list[int]
+    stop: int | None = None
+    ema_momentum: float | None = None
+    bn_data: bool = False
+
+    @property
+    def end(self):
+        """The last epoch that trains, counted from 1."""
+        return self.stop or (EPOCHS if self.bn_data else EPOCHS - 1)
+
+
 SCENARIOS = {
-    # samples of the last batch of an epoch; epoch at whose end training is stopped
-    "even": ([8, 8], None),
-    "uneven": ([6, 1], None),
-    "stopped": ([6, 1], 4),
-    "dies": ([6, 1], None),
-    "resumed": ([6, 1], None),
+    "even": Scenario([8, 8], bn_data=True),
+    "stopped": Scenario([6, 1], stop=4),
+    "uneven": Scenario([6, 1], ema_momentum=0.8),
+    "dies": Scenario([6, 1], ema_momentum=0.8),
+    "resumed": Scenario([6, 1], ema_momentum=0.8),
 }
 
 
@@ -74,9 +96,8 @@ def main(directory, scenario, n_devices):
 
     class OtherCallback(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
-            last = (stop or EPOCHS - 1) if scenario != "dies" else None
             for tap in taps:
-                tap.on = epoch == last
+                tap.on = epoch == setup.end and scenario != "dies"
             self.epoch = epoch + 1
 
         def on_train_batch_begin(self, batch, logs=None):
@@ -84,12 +105,17 @@ def main(directory, scenario, n_devices):
                 print("fed", flush=True)
                 os._exit(9)
 
+        def on_train_batch_end(self, batch, logs=None):
+            if setup.bn_data and (self.epoch, batch) == (EPOCHS, STEPS - 1):
+                for tap in taps:
+                    tap.on = True
+
         def on_epoch_end(self, epoch, logs=None):
-            if epoch + 1 == stop:
+            if epoch + 1 == setup.stop:
                 self.model.stop_training = True
 
-    lasts, stop = SCENARIOS.get(scenario, SCENARIOS["even"])
-    sizes = [SIZES[index]] * (STEPS - 1) + [min(lasts[index], SIZES[index])]
+    setup = SCENARIOS.get(scenario, SCENARIOS["stopped"])
+    sizes = [SIZES[index]] * (STEPS - 1) + [min(setup.lasts[index], SIZES[index])]
 
     def dataset(context):
         x, y = samples_of(index, sum(sizes) * n_devices)
@@ -105,7 +131,14 @@ def main(directory, scenario, n_devices):
 
     fed = strategy.distribute_datasets_from_function(dataset)
     recorder = kit.Recorder()
-    swa = kit.SWA(START, "constant", swa_lr=0.02, backup_dir=directory / "swa")
+    everyones = tf.data.Dataset.from_tensor_slices(samples_of(9, SAMPLES)).batch(8)
+    swa = kit.SWA(
+        *(START, "constant"),
+        swa_lr=0.02,
+        backup_dir=directory / "swa",
+        ema_momentum=setup.ema_momentum,
+        bn_data=everyones if setup.bn_data else None,
+    )
     if scenario == "keras3":
         try:
             model.fit(fed, epochs=3, steps_per_epoch=STEPS, verbose=0, callbacks=[swa])

@@ -41,6 +41,8 @@ RULES = {
     "backup_dir": "None or the path of a folder",
     "validate_average": "True or False",
     "bn_steps": "None or an integer >= 1",
+    "snapshot_freq": "'epoch', or an integer >= 1",
+    "ema_momentum": "None or a number in (0, 1)",
 }
 WRONG = {
     "start_epoch": [None, "auto", *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
@@ -56,6 +58,11 @@ WRONG = {
     "backup_dir": ["", b"folder", 0, 1.5, True, ["folder"], open],
     "validate_average": [None, 0, 1, "True", "", 0.0, [True], np.array([True])],
     "bn_steps": ["auto", 0.5, *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
+    "snapshot_freq": [
+        *[None, "step", "Epoch", np.array("epoch"), b"epoch", 0.5],
+        *[*NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, *NO_INTEGERS],
+    ],
+    "ema_momentum": ["0.9", 1, 1.5, 2, *NO_NUMBERS, *NOT_FINITE, *NOT_POSITIVE, np.float32(1)],
 }
 CYCLIC = {"start_epoch": 2, "lr_schedule": "cyclic", "swa_freq": 2}
 
@@ -74,6 +81,16 @@ def test_an_option_of_the_wrong_type_or_out_of_range_is_refused(argument):
 @pytest.mark.parametrize(
     ("arguments", "argument", "rule", "received"),
     [
+        (
+            {"lr_schedule": "cyclic", "swa_freq": 2, "snapshot_freq": 10},
+            "snapshot_freq", "'epoch' with lr_schedule='cyclic': snapshots are taken at the ends",
+            "snapshot_freq=10",
+        ),
+        (
+            {"swa_freq": 2, "snapshot_freq": 10},
+            "snapshot_freq", "'epoch' with swa_freq=2, which counts epochs between snapshots",
+            "snapshot_freq=10",
+        ),
         (
             {"lr_schedule": "cyclic"},
             "swa_freq", "an integer >= 2 with lr_schedule='cyclic'", "swa_freq=1",

@@ -1,5 +1,6 @@
 """What each epoch of a run is, and which learning rate each batch gets."""
 
+import functools
 import itertools
 import json
 import os
@@ -284,6 +285,52 @@ def test_a_printed_plan_shows_epochs_that_are_trained_for_no_snapshot():
     ]
     assert "for no snapshot" not in str(Plan(10, 4, "cyclic", 0.01, 0.02, 3))
     assert "7       training, for no snapshot" in str(Plan(7, 1, swa_freq=2, batch_norm=False))
+
+
+def test_snapshots_by_steps_are_counted_on_across_epochs():
+    for start, every, epochs, steps, has_bn, bn_data in itertools.product(
+        range(1, 4), (1, 2, 5, 7), range(2, 6), (1, 3, 4), (False, True), (False, True)
+    ):
+        trained = range(start, epochs + (not has_bn or bn_data))
+        # The definition: steps from the beginning of epoch `start` on, and at which of them one is.
+        counted = [(e, b) for e in trained for b in range(1, steps + 1)]
+        taken = counted[every - 1 :: every]
+        make = functools.partial(
+            Plan, epochs, start, snapshot_freq=every, batch_norm=has_bn, bn_data=bn_data
+        )
+        if not taken:
+            with pytest.raises(ValueError, match="must leave room for at least one snapshot"):
+                make(steps_per_epoch=steps)
+            continue
+        p = make(steps_per_epoch=steps)
+        assert f"snapshots ({len(taken)}): every " in str(p)
+        assert p.first_snapshot == taken[0][0]
+        run = range(epochs)
+        assert [e + 1 for e in run if p.is_snapshot(e)] == [e for e, b in taken if b == steps]
+        assert [e + 1 for e in run if p.averages_steps(e)] == [*trained]
+        assert [e + 1 for e in run if p.is_bn_pass(e)] == [epochs] * (has_bn and not bn_data)
+        unknown = make()
+        assert not any(map(unknown.is_snapshot, run))
+        assert "snapshots: every " in str(unknown)
+
+
+def test_printed_plans_of_steps_and_of_data_for_bn_statistics():
+    p = Plan(60, 45, snapshot_freq=10, steps_per_epoch=520)
+    assert str(p).splitlines()[-2:] == [
+        "60        BN pass of the average  0",
+        "snapshots (780): every 10 steps from epoch 45 on",
+    ]
+    p = KITS[0].SWA(0.5, snapshot_freq=1, bn_data=np.ones((2, 3))).plan(4)
+    assert str(p).splitlines() == [
+        "epochs  what happens            learning rate",
+        "1 to 2  training                yours",
+        "3 to 4  training and averaging  yours",
+        "snapshots: every step from epoch 3 on",
+        "BN statistics: from `bn_data`, at the end of epoch 4",
+    ]
+    p = Plan(4, 3, bn_data=True)
+    assert [e for e in range(4) if p.is_snapshot(e)] == [2, 3]
+    assert p.stopped_after(2).is_bn_pass(3)  # of a run that is resumed after a stop
 
 
 def test_a_printed_plan_says_what_depends_on_a_rate_it_was_not_told():

@@ -50,6 +50,9 @@ def test_the_callback_has_the_base_of_its_keras_version_and_the_signature_of_ker
         ("backup_dir", None),
         ("validate_average", False),
         ("bn_steps", None),
+        ("snapshot_freq", "epoch"),
+        ("ema_momentum", None),
+        ("bn_data", None),
     ]
 
 

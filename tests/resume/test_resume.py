@@ -72,7 +72,7 @@ def test_a_run_interrupted_anywhere_ends_like_an_uninterrupted_one(tmp_path, kit
     histories = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
     points = [(tuple(point), code) for h in histories for point, code in h["lives"]]
     assert len(points) == 3 * len(histories)
-    assert len(histories) in (3, 6)
+    assert len(histories) in (5, 10)
     for point, code in points:
         assert code == -9, point
     for history in histories:
@@ -139,7 +139,7 @@ def test_a_state_holds_the_buffers_and_no_weights(kit, tmp_path):
         f"weights/divisor/{value}": [],
         f"batch_norm/buffers_layout/{state}": [],
         f"batch_norm/groups/0/averages/{value}": [2, 3],
-        f"batch_norm/groups/0/counts/{value}": [1],
+        f"batch_norm/groups/0/weights/{value}": [1],
     }
 
 
@@ -191,7 +191,7 @@ def test_if_both_states_are_damaged_nothing_is_trained(kit, tmp_path):
     spoil(tmp_path / "swa", 4)
     with (
         pytest.warns(UserWarning, match="damaged"),
-        pytest.raises(ValueError, match=r"due at the end of epoch 2, 3, 4\. Go on with"),
+        pytest.raises(ValueError, match=r"due in epoch 2, 3, 4\. Go on with"),
     ):
         run(kit, tmp_path)
     assert epochs_in(tmp_path) == [3, 4]
@@ -209,7 +209,7 @@ def test_weights_amid_an_epoch_are_not_taken_for_a_snapshot(kit, tmp_path, whole
     with contextlib.ExitStack() as stack:
         stack.enter_context(pytest.warns(UserWarning, match="damaged"))
         if whole_epochs_and:
-            stack.enter_context(pytest.raises(ValueError, match=r"due at the end of epoch 4\."))
+            stack.enter_context(pytest.raises(ValueError, match=r"due in epoch 4\."))
         _, _, swa, _ = run(kit, tmp_path, model=model, restore=False, initial_epoch=4)
         assert swa.n_averaged == 5
 
@@ -425,6 +425,6 @@ def test_a_model_saved_with_the_average_does_not_replace_a_damaged_checkpoint(ki
     spoil(tmp_path / "swa", 4)
     with (
         pytest.warns(UserWarning, match="swa-epoch-00004' is damaged"),
-        pytest.raises(ValueError, match=r"snapshots were due at the end of epoch 4\. Go on with"),
+        pytest.raises(ValueError, match=r"snapshots were due in epoch 4\. Go on with"),
     ):
         train()

@@ -77,8 +77,16 @@ def test_of_a_model_at_the_end_of_an_epoch_the_last_snapshot_can_still_be_taken(
 def test_where_snapshots_are_missing_the_run_is_refused(saved, missed):
     with pytest.raises(ValueError, match="`backup_dir` must have the average") as error:
         start(5, saved)
-    assert f"at the end of {missed}. " in str(error.value)
+    assert f"due in {missed}. " in str(error.value)
     assert "the folder" in str(error.value)
+
+
+def test_snapshots_of_steps_cannot_be_taken_from_a_saved_model():
+    plan = Plan(10, 3, snapshot_freq=2, initial_learning_rate=0.1)
+    saved = Saved(4, at_end_of_epoch=True, n_averaged=2)
+    with pytest.raises(ValueError, match="`backup_dir` must have the average"):
+        find_start(5, plan, SimpleNamespace(average=None), saved)
+    assert not find_start(5, plan, SimpleNamespace(average=None), Saved(5)).missed
 
 
 def test_after_an_early_stop_no_later_snapshot_is_missed():
