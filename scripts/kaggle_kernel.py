@@ -102,7 +102,13 @@ for fold in range(FOLDS):
             save_weights_only=True,
             initial_value_threshold=best_before,
         )
-        swa = SWA(START, "constant", swa_lr=0.05, verbose=1, backup_dir=folder / "swa")
+        swa = SWA(
+            *(START, "constant"),
+            swa_lr=0.05,
+            verbose=1,
+            backup_dir=folder / "swa",
+            bn_data=train,  # so that the last epoch trains, too
+        )
         callbacks = [resume, swa, save_best]
         model.fit(train, epochs=EPOCHS, validation_data=test, verbose=2, callbacks=callbacks)
         model.save_weights(averaged)
