@@ -20,6 +20,7 @@ from tests.helpers.callbacks import at, stop
 from tests.helpers.data import batched, data, held_out
 from tests.helpers.devices import NO_STRATEGY, mirrored, on
 from tests.helpers.fits import Fit, fit
+from tests.helpers.interrupted_runs import POINTS
 from tests.helpers.interruptions import KilledError, kill, spoil
 from tests.helpers.kit import KITS
 from tests.helpers.models import build
@@ -71,7 +72,7 @@ def test_a_run_interrupted_anywhere_ends_like_an_uninterrupted_one(tmp_path, kit
     assert result.returncode == 0, result.stderr[-4000:]
     histories = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
     points = [(tuple(point), code) for h in histories for point, code in h["lives"]]
-    assert len(points) == 3 * len(histories)
+    assert len(points) == POINTS * len(histories)
     assert len(histories) in (5, 10)
     for point, code in points:
         assert code == -9, point
