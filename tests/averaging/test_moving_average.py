@@ -65,12 +65,15 @@ def test_it_is_as_exact_after_many_updates_however_the_weights_move(momentum, mo
     else:
         average = average_of([variable], strategy, momentum)
 
-    @tf.function
+    @tf.function(autograph=False)
     def update_often():
-        for k in tf.range(n):
+        def update(k):
             drift = slope * tf.cast(k, tf.float32) * step
             variable.assign(start + drift + tf.gather(offsets, k % 64))
             average.update()
+            return [k + 1]
+
+        tf.while_loop(lambda k: k < n, update, [0])
 
     update_often()
     expected, total = 0.0, 0.0
