@@ -29,15 +29,17 @@ class FinalAverage:
 
     @property
     def is_in_model(self) -> bool:
-        """Whether a model that was saved before the run was resumed is final."""
+        """Whether a model that was saved before the run was resumed has it, with its statistics."""
+        if self.is_recomputed:
+            return False
         if not self._state.plan.batch_norm:
             return True
         average, progress = self._state.snapshots.average, self._state.progress
         if average.statistics_of_model == progress.final_statistics:
-            return not self.is_recomputed
+            return True
         # It may have been saved before the average was.
         rates = self._state.rates.optimizers.read_rates().values()
-        return not self.is_recomputed and all(rates) and average.weights.equals_model
+        return all(rates) and average.weights.equals_model
 
     def recompute(self, for_good: bool = False) -> None:
         """Recompute the statistics from `bn_data`, of the average, which is in the model.

@@ -50,8 +50,7 @@ def distributed_inputs(
     batches: Iterable[Any]
     if are_arrays(data):
         size = infer_batch_size(data, batch_size) or 1  # without samples there are no batches
-        # Here a list is what it is as `x` of `fit`: several inputs.
-        inputs = data if isinstance(data, list) else inputs_of(data)
+        inputs = _inputs_of_arrays(data)
         # `tf.data` takes a list for one tensor: the structure goes round it.
         leaves = map(_array, tf.nest.flatten(inputs))
         dataset = tf.data.Dataset.from_tensor_slices(tuple(leaves))
@@ -95,7 +94,7 @@ def check_reusable(data: Any, steps: int | None) -> None:
         )
     length = tf.data.UNKNOWN_CARDINALITY
     if are_arrays(data):
-        length = samples_of_arrays(data if isinstance(data, list) else inputs_of(data))
+        length = samples_of_arrays(_inputs_of_arrays(data))
     elif isinstance(data, tf.data.Dataset):
         length = int(data.cardinality())
     elif isinstance(data, tf.distribute.DistributedDataset):
@@ -119,7 +118,7 @@ def check_inputs(data: Any, model: Model) -> None:
     """
     expected = getattr(model, "inputs", None)
     if are_arrays(data):
-        inputs = data if isinstance(data, list) else inputs_of(data)
+        inputs = _inputs_of_arrays(data)
     elif isinstance(data, tf.data.Dataset):
         inputs = inputs_of(data.element_spec)
     else:
@@ -163,6 +162,11 @@ def inputs_of(batch: Any) -> Any:
         f"A {kind} of data must be (x,), (x, y) or (x, y, sample_weight). Received: a {kind} of "
         f"{len(batch)}. Put several inputs into a list or dict, in place of x."
     )
+
+
+def _inputs_of_arrays(data: Any) -> Any:
+    # Here a list is what it is as `x` of `fit`: several inputs.
+    return data if isinstance(data, list) else inputs_of(data)
 
 
 def _length_within(steps: int | None, length: int) -> int | None:

@@ -138,7 +138,7 @@ def test_validation_of_the_last_epoch_is_of_the_final_model(kit, two_replicas):
 
 
 def test_each_validation_is_of_the_average_with_statistics_of_its_own(kit, two_replicas):
-    """And training goes on bitwise as without."""
+    """And training is bitwise what it is without."""
     held_out = batched(*data(16, seed=3))
     plain, model = build(kit, two_replicas), build(kit, two_replicas)
     without, *_ = fit(
