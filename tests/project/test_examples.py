@@ -67,7 +67,8 @@ ARGUMENTS = {
 @pytest.mark.parametrize(
     ("schedule", "kit"), [*zip(ARGUMENTS, KITS, strict=True)], indirect=["kit"]
 )
-def test_the_examples_of_keras_swa_run(kit, schedule, capsys):
+def test_the_examples_of_keras_swa_run(kit, schedule, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "sklearn", raising=False)  # which `settings` hides
     example = SEED_EXAMPLE.format(
         keras=kit.keras.__name__, swa=kit.SWA.__module__, arguments=ARGUMENTS[schedule]
     )
@@ -153,7 +154,7 @@ for epochs in (3, 4):
 def test_the_blocks_of_readme_and_guide_run_one_after_another(kit, blocks, pytestconfig, tmp_path):
     package = kit.keras.__name__
     first, *others = blocks(README)
-    program = "import tests\n"  # its settings
+    program = "import sklearn, tests\n"  # its settings
     for block in (first, *others, first, *blocks(GUIDE)):
         checks = [check for text, check in CHECKS.items() if text in block]
         program += block + "".join(checks).replace("{package}", package)
