@@ -17,8 +17,9 @@ def batched(*arrays, size=8):
     """Arrays as a dataset of batches.
 
     For models that are trained or evaluated under a strategy a second time. Keras 3 then drops an
-    iterator as soon as it has given a batch, and TensorFlow 2.21 may crash if the iterator's thread
-    is still at work, which takes long where Keras has made the dataset of arrays.
+    iterator as soon as it has given a batch, and TensorFlow 2.21 may crash: of a dataset without
+    `apply_default_optimizations`, as Keras makes it of arrays, a MultiDeviceIterator that is
+    dropped frees what its thread still reads.
     """
     return tf.data.Dataset.from_tensor_slices(arrays).batch(size)
 

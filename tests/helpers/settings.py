@@ -56,13 +56,13 @@ def collect_garbage() -> None:
         return
     number = next(_tests)
     if number % 8 == 0:
-        forget_custom_gradients()
+        _forget_custom_gradients()
         gc.collect()
     if number == 0:
         gc.freeze()  # modules, through which each collection would look
 
 
-def forget_custom_gradients() -> None:
+def _forget_custom_gradients() -> None:
     """Remove what TensorFlow would keep for as long as a process lives, with all of its graph.
 
     It registers the gradient of each `tf.custom_gradient` in a graph under a name of its own, and
@@ -92,8 +92,7 @@ def optimize_graphs(on: bool) -> None:
 
 def _without_autotuning(dataset: tf.data.Dataset) -> tf.data.Dataset:
     options = tf.data.Options()
-    # `apply_default_optimizations` stays on. Without it a MultiDeviceIterator of TensorFlow 2.21
-    # that is dropped frees its dataset under the thread that reads it, which may crash.
+    # `apply_default_optimizations` stays on: `tests.helpers.data.batched` says what it prevents.
     options.autotune.enabled = False
     return dataset.with_options(options)
 
