@@ -59,7 +59,7 @@ def graph_optimization(request: pytest.FixtureRequest) -> Iterator[None]:
 def kit(request: pytest.FixtureRequest) -> Kit:
     """Keras 3, then tf_keras."""
     kit: Kit = request.param
-    kit.keras.backend.clear_session()
+    kit.clear_session()
     settings.collect_garbage()
     kit.keras.utils.set_random_seed(7)
     return kit

@@ -14,7 +14,7 @@ from tests.helpers.data import data, positions
 from tests.helpers.devices import NO_STRATEGY, mirrored
 from tests.helpers.fits import ONE_SNAPSHOT, fit
 from tests.helpers.marks import with_renorm
-from tests.helpers.models import RATE, build, norm_of
+from tests.helpers.models import RATE, build, build_optimizer, norm_of
 
 pytestmark = pytest.mark.either_keras
 
@@ -29,6 +29,7 @@ def tapped(kit, strategy, layers, shape, compile_arguments=None, last=None):
         x = kit.keras.layers.Dense(1)(kit.keras.layers.Flatten()(x))
         model = kit.keras.Model(inputs, x)
         model.compile("sgd", "mse", **{"jit_compile": False, **(compile_arguments or {})})
+        build_optimizer(model)
     taps = [layer for layer in layers if isinstance(layer, kit.Tap)]
     watch = kit.keras.callbacks.LambdaCallback(
         on_epoch_begin=lambda epoch, logs: [setattr(t, "on", epoch == 3) for t in taps]

@@ -9,6 +9,7 @@ from tests.helpers.assertions import (
     assert_statistics,
     assert_weights,
 )
+from tests.helpers.models import build_optimizer
 
 pytestmark = pytest.mark.optimized_graphs
 
@@ -41,6 +42,7 @@ def build(kit, strategy=NO_STRATEGY, optimizer="SGD", rate=0.1, convolve=True, *
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             **{"jit_compile": False, **compile_arguments},
         )
+        build_optimizer(model)
     return model, taps, norms
 
 

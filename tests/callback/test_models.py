@@ -12,6 +12,7 @@ from tests.helpers.assertions import assert_bitwise, assert_mean, assert_varianc
 from tests.helpers.data import batched, positions
 from tests.helpers.devices import mirrored
 from tests.helpers.kit import KITS
+from tests.helpers.models import build_optimizer
 
 CASES = []
 
@@ -58,6 +59,7 @@ def sgd(kit, **arguments):
 
 def compiled(kit, model, optimizer=None, loss="mse", **arguments):
     model.compile(optimizer or sgd(kit), loss, **{"jit_compile": False, **arguments})
+    build_optimizer(model)
     return model
 
 

@@ -1,6 +1,6 @@
 """Under the all-reduce that MirroredStrategy chooses itself, in a process of its own."""
 
-from tests.helpers.processes import run_python
+from tests.helpers.forks import Fork
 
 PROGRAM = """
 import numpy as np
@@ -29,6 +29,6 @@ print("exact")
 
 
 def test_four_replicas_with_the_default_all_reduce():
-    result = run_python("-c", PROGRAM)
+    result = Fork(PROGRAM).result()
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.strip().endswith("exact")

@@ -1,17 +1,15 @@
 """Several workers, each a process: all end with the same model, exact over what all were fed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import tf_keras
 
 from tests.helpers.assertions import assert_bitwise, assert_mean, assert_variance, assert_weights
+from tests.helpers.forks import Fork
 from tests.helpers.kit import KITS
-from tests.helpers.processes import FOREVER, kept_ports
+from tests.helpers.processes import kept_ports
 from tests.helpers.worker import (
     EPOCHS,
     GENERATED,
@@ -24,33 +22,18 @@ from tests.helpers.worker import (
 )
 
 
-def run(root, directory, scenario, n_devices, workers=2):
+def run(directory, scenario, n_devices, workers=2):
     """Run the workers; return the exit code and the output of each."""
-    processes, results = [], []
+    call = f"main({str(directory)!r}, {scenario!r}, {n_devices})"
+    program = f"from tests.helpers.worker import main; {call}"
+    processes = []
     with kept_ports(workers) as addresses:
         for index in range(workers):
             task = {"type": "worker", "index": index}
             config = {"cluster": {"worker": addresses}, "task": task}
-            command = [sys.executable, "-m", "tests.helpers.worker", directory, scenario, n_devices]
-            processes.append(
-                subprocess.Popen(
-                    [str(part) for part in command],
-                    cwd=root,
-                    env={**os.environ, "TF_CONFIG": json.dumps(config)},
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        for process in processes:
-            try:
-                output, _ = process.communicate(timeout=FOREVER)
-            except subprocess.TimeoutExpired:
-                for p in processes:
-                    p.kill()
-                pytest.fail(f"A worker hangs: {process.communicate()[0][-4000:]}")
-            results.append((process.returncode, output))
-    return results
+            processes.append(Fork(program, TF_CONFIG=json.dumps(config)))
+        results = [process.result() for process in processes]
+    return [(result.returncode, result.stdout + result.stderr) for result in results]
 
 
 def arrays_in(file):
@@ -58,17 +41,17 @@ def arrays_in(file):
         return dict(arrays)
 
 
-def finish(root, folder, scenario, n_devices):
+def finish(folder, scenario, n_devices):
     """Run the workers to their end; return what each wrote down."""
-    for code, output in run(root, folder, scenario, n_devices):
+    for code, output in run(folder, scenario, n_devices):
         assert code == 0, output[-4000:]
     return [arrays_in(folder / f"{i}.npz") for i in range(2)]
 
 
 @pytest.mark.exactness
 @pytest.mark.parametrize(("scenario", "n_devices"), [("even", 2), ("stopped", 2)])
-def test_two_workers_are_one(pytestconfig, tmp_path, scenario, n_devices):
-    workers = finish(pytestconfig.rootpath, tmp_path, scenario, n_devices)
+def test_two_workers_are_one(tmp_path, scenario, n_devices):
+    workers = finish(tmp_path, scenario, n_devices)
     assert_one(workers, tmp_path / "model.keras", scenario, n_devices)
     if scenario == "even":
         for feed in ("arrays", "dataset", "generator"):
@@ -155,15 +138,14 @@ def assert_pooled(workers, feed):
 
 
 @pytest.mark.exactness
-def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(pytestconfig, tmp_path):
-    root = pytestconfig.rootpath
+def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(tmp_path):
     never_folder, folder = tmp_path / "never", tmp_path / "died"
     never_folder.mkdir()
     folder.mkdir()
-    never = finish(root, never_folder, "uneven", 1)
+    never = finish(never_folder, "uneven", 1)
     assert_one(never, never_folder / "model.keras", "uneven", 1)
 
-    (survivor, output), (died, _) = run(root, folder, "dies", 1)
+    (survivor, output), (died, _) = run(folder, "dies", 1)
     assert died == 9
     assert survivor not in (0, 9)
     assert "Error" in output
@@ -171,7 +153,7 @@ def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(pyte
         "swa-epoch-00002.index", "swa-epoch-00003.index"
     ]  # fmt: skip
 
-    resumed = finish(root, folder, "resumed", 1)
+    resumed = finish(folder, "resumed", 1)
     assert not (folder / "swa").exists()
     for a, b in zip(resumed, never, strict=True):
         assert len(json.loads(str(a["history"]))["loss"]) == EPOCHS - 3
@@ -180,14 +162,14 @@ def test_a_worker_dies_the_other_ends_with_an_error_and_both_can_be_resumed(pyte
                 np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
-def test_keras_3_says_what_to_do_about_several_workers(pytestconfig, tmp_path):
-    for code, output in run(pytestconfig.rootpath, tmp_path, "keras3", 1):
+def test_keras_3_says_what_to_do_about_several_workers(tmp_path):
+    for code, output in run(tmp_path, "keras3", 1):
         assert code != 0
         for words in ("Keras 3 cannot train with several workers", "swa_dist.tfkeras"):
             assert words in output
 
 
-def test_keras_3_trains_with_one_worker(pytestconfig, tmp_path):
-    ((code, output),) = run(pytestconfig.rootpath, tmp_path, "keras3", 2, workers=1)
+def test_keras_3_trains_with_one_worker(tmp_path):
+    ((code, output),) = run(tmp_path, "keras3", 2, workers=1)
     assert code == 0, output[-4000:]
     assert "several workers" not in output

@@ -6,8 +6,8 @@ import tensorflow as tf
 from tests.helpers.assertions import assert_bitwise, assert_exact
 from tests.helpers.devices import devices
 from tests.helpers.fits import fit
+from tests.helpers.forks import Fork
 from tests.helpers.models import build
-from tests.helpers.processes import run_python
 
 pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
 
@@ -47,7 +47,6 @@ def test_central_storage_is_refused(kit):
 
 PARAMETER_SERVER = """
 import os
-os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 import tensorflow as tf
 from tests.helpers.kit import KITS
 from tests.helpers.processes import kept_ports
@@ -74,11 +73,11 @@ for kit in KITS:
     except ValueError as error:
         assert "replicas step together" in str(error), error
         assert "ParameterServerStrategyV2" in str(error), error
-        print(kit.name)
+        print(kit.name, flush=True)
 os._exit(0)
 """
 
 
 def test_a_parameter_server_strategy_is_refused():
-    result = run_python("-u", "-c", PARAMETER_SERVER)
+    result = Fork(PARAMETER_SERVER).result()
     assert result.stdout.split() == ["keras3", "tf_keras"], result.stderr[-4000:]

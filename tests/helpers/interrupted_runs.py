@@ -1,9 +1,7 @@
 """Runs that are killed and resumed, again and again, each life a fork of this process.
 
-    python -m tests.helpers.interrupted_runs KIT FOLDER
-
-It writes one line of JSON for each history: its kill points, and in what the run that came to its
-end differs from one that was never killed.
+`main` writes one line of JSON for each history: its kill points, and in what the run that came to
+its end differs from one that was never killed.
 """
 
 import itertools
@@ -19,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.helpers import devices
+from tests.helpers.models import build_optimizer
 
 SEED, EPOCHS = 5, 6
 POINTS = 3 if os.environ.get("CI") else 2  # at which each history is killed
@@ -116,6 +115,7 @@ def live(kit, scenario, folder, point, result):
         norms = [keras.layers.BatchNormalization()] * scenario.norm
         model = keras.Sequential([keras.layers.Input((3,)), *norms, keras.layers.Dense(2)])
         model.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse", jit_compile=False)
+        build_optimizer(model)
 
     now = [-1]  # the epoch
 
@@ -225,6 +225,8 @@ def fork(*arguments):
 
 
 def main(name, folder):
+    """Run what there is for a Keras version, in folders of this one."""
+    folder = Path(folder)
     from tests.helpers.kit import KITS
 
     kit = next(kit for kit in KITS if kit.name == name)
@@ -247,7 +249,3 @@ def main(name, folder):
             "different": [n for n in never.files if not np.array_equal(never[n], killed[n])],
             "n_averaged": int(killed["n_averaged"]),
         }), flush=True)  # fmt: skip
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))

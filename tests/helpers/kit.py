@@ -21,6 +21,11 @@ class Kit:
     keras: ModuleType
     SWA: type
 
+    def clear_session(self):
+        """Forget names and graphs; `settings.collect_garbage` frees their memory."""
+        keep = {"free_memory": False} if self.keras is keras else {}
+        self.keras.backend.clear_session(**keep)
+
     def tensor(self, variable):
         return variable.value if self.keras is keras else variable
 

@@ -24,9 +24,16 @@ def build(kit, strategy=NO_STRATEGY, norm=True, optimizer=None, **compile_argume
         model = kit.keras.Sequential(
             [layers.Input((3,)), first, layers.Dense(1, activation="tanh")]
         )
-        optimizer = optimizer() if optimizer else kit.keras.optimizers.SGD(RATE, momentum=0.9)
-        model.compile(optimizer, "mse", **{"jit_compile": False, **compile_arguments})
+        given = optimizer() if optimizer else kit.keras.optimizers.SGD(RATE, momentum=0.9)
+        model.compile(given, "mse", **{"jit_compile": False, **compile_arguments})
+        if not optimizer:
+            build_optimizer(model)
     return model
+
+
+def build_optimizer(model):
+    """Build it where `fit` would do so in its first step, which is then traced a second time."""
+    model.optimizer.build(model.trainable_variables)
 
 
 def norm_of(model):

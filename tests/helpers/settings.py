@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import os
@@ -30,6 +31,7 @@ from tensorflow.python.data.ops import multi_device_iterator_ops  # noqa: E402
 from tensorflow.python.data.ops.dataset_ops import DatasetV2  # noqa: E402
 from tensorflow.python.framework import ops  # noqa: E402
 from tensorflow.python.ops import gen_dataset_ops  # noqa: E402
+from tensorflow.python.util import tf_stack  # noqa: E402
 
 
 def apply() -> None:
@@ -43,6 +45,9 @@ def apply() -> None:
     DatasetV2._apply_debug_options = _without_autotuning
     multi_device_iterator_ops._PerDeviceGenerator = _PerDeviceGenerator
     multi_device_iterator_ops._ReincarnatedPerDeviceGenerator = lambda generator, _: generator
+    # Which lines of Python made an operation is for error messages, and takes a tenth of a test.
+    # All operations get the lines of the first.
+    tf_stack.extract_stack = functools.cache(tf_stack.extract_stack)
     optimize_graphs(False)
 
 

@@ -1,13 +1,10 @@
 """One of several workers: it fits, and writes down what it was fed and what it ended with.
 
-    python -m tests.helpers.worker DIRECTORY SCENARIO DEVICES
-
 `TF_CONFIG` says which one it is.
 """
 
 import json
 import os
-import sys
 import traceback
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +61,8 @@ def samples_of(index, n):
 
 
 def main(directory, scenario, n_devices):
+    """Run it; the directory is for what it writes."""
+    directory = Path(directory)
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * n_devices
@@ -204,7 +203,3 @@ def statistics(kit, norms):
         for i, norm in enumerate(norms)
         for name in ("mean", "variance")
     }
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))

@@ -20,11 +20,11 @@ from tests.helpers.callbacks import at, stop
 from tests.helpers.data import batched, data, held_out
 from tests.helpers.devices import NO_STRATEGY, mirrored, on
 from tests.helpers.fits import Fit, fit
+from tests.helpers.forks import Fork
 from tests.helpers.interrupted_runs import POINTS
 from tests.helpers.interruptions import KilledError, kill, spoil
 from tests.helpers.kit import KITS
 from tests.helpers.models import build
-from tests.helpers.processes import run_python
 
 pytestmark = pytest.mark.either_keras
 
@@ -68,7 +68,8 @@ def epochs_in(folder):
 
 @pytest.mark.parametrize("kit", [kit.name for kit in KITS])
 def test_a_run_interrupted_anywhere_ends_like_an_uninterrupted_one(tmp_path, kit):
-    result = run_python("-W", "ignore", "-m", "tests.helpers.interrupted_runs", kit, tmp_path)
+    program = f"from tests.helpers.interrupted_runs import main; main({kit!r}, {str(tmp_path)!r})"
+    result = Fork(program).result()
     assert result.returncode == 0, result.stderr[-4000:]
     histories = [json.loads(line) for line in result.stdout.splitlines() if line[:1] == "{"]
     points = [(tuple(point), code) for h in histories for point, code in h["lives"]]
