@@ -50,7 +50,7 @@ def restore_checkpoint(kit, model, weights, folder):
 @pytest.mark.parametrize("again", [False, True], ids=["without_swa", "with_swa"])
 def test_what_is_written_after_an_interrupted_run_is_what_the_next_one_begins_with(kit, again):
     """Of other ways to write: `tests/averaging/test_model_average.py`."""
-    model = build(kit, on(2))
+    model = build(kit, on(2 * again))
     swa = kit.SWA(2, validate_average=True)
     initial = [w.copy() for w in model.get_weights()]
     run(kit, model, swa, after=[at(kit, 3, kill)])

@@ -86,8 +86,8 @@ def several_kinds(kit):
 
 @pytest.mark.parametrize("kind", ["array", "array and targets", "dataset", "endless dataset",
                                   "sequence"])  # fmt: skip
-def test_any_data_that_can_be_read_again(kit, two_replicas, kind):
-    model = build(kit, two_replicas)
+def test_any_data_that_can_be_read_again(kit, kind):
+    model = build(kit)
     swa = kit.SWA(
         2, bn_data=dict(several_kinds(kit))[kind], bn_steps=2 if "endless" in kind else None
     )
@@ -100,9 +100,9 @@ def test_any_data_that_can_be_read_again(kit, two_replicas, kind):
     [("on_train_batch_end", "before"), ("on_epoch_end", "before"), ("on_epoch_end", "after")],
 )
 def test_after_an_early_stop_there_is_no_further_epoch_wherever_the_callback_stands(
-    kit, two_replicas, hook, where
+    kit, hook, where
 ):
-    model = build(kit, two_replicas)
+    model = build(kit)
     swa = kit.SWA(2, bn_data=X)
     ends, callbacks = ends_of(kit), {"before": [], "after": []}
     callbacks[where] = [at(kit, 4, stop, hook)]
@@ -124,8 +124,8 @@ def test_when_the_data_run_out(kit):
     assert_final(kit, model, ends, range(2, len(ends.weights) + 1))
 
 
-def test_validation_of_the_last_epoch_is_of_the_final_model(kit, two_replicas):
-    model = build(kit, two_replicas)
+def test_validation_of_the_last_epoch_is_of_the_final_model(kit):
+    model = build(kit)
     held_out = batched(*data(16, seed=3))
     ends = ends_of(kit)
     *_, history = fit(
@@ -191,8 +191,9 @@ def failing(n):
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_an_exception_in_the_data_is_the_users_and_leaves_the_average(kit, two_replicas, stopped):
-    model, ends, statistics = build(kit, two_replicas), ends_of(kit), Statistics(kit, 2, 3)
+def test_an_exception_in_the_data_is_the_users_and_leaves_the_average(kit, stopped):
+    model = build(kit, on(2 * stopped))
+    ends, statistics = ends_of(kit), Statistics(kit, 2, 3)
     # Behind SWA, so that it is told of the end by `on_train_end` only.
     after = [at(kit, 3, stop)] * stopped
     with pytest.raises(tf.errors.OpError, match="the disk is gone"):

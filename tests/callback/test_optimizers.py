@@ -331,8 +331,7 @@ def bn_then_dense(kit, strategy, optimizer):
 
 
 @tf_keras_only
-@pytest.mark.parametrize("replicas", [0, 2])
-@pytest.mark.parametrize("optimizer", TENSORFLOW_1)
+@pytest.mark.parametrize(("optimizer", "replicas"), [*zip(TENSORFLOW_1, [2, 0, 0], strict=True)])
 def test_optimizers_of_tensorflow_1_update_nothing_in_the_bn_pass(kit, optimizer, replicas):
     strategy = on(replicas)
     model, recorded = bn_then_dense(kit, strategy, optimizer), []

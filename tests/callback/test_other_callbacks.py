@@ -98,7 +98,7 @@ def test_reduce_lr_on_plateau(kit, order):
     assert kit.rate(model) == kit.rate(plain) == pytest.approx(RATE / 16)
 
 
-def test_model_checkpoints(kit, two_replicas, order, tmp_path):
+def test_model_checkpoints(kit, order, tmp_path):
     def checkpoint(name, **arguments):
         return kit.keras.callbacks.ModelCheckpoint(str(tmp_path / name), **arguments)
 
@@ -109,7 +109,7 @@ def test_model_checkpoints(kit, two_replicas, order, tmp_path):
         only = {"save_weights_only": file == FORMATS[1]}
         checkpoints.append(checkpoint("{epoch}." + file, **only))
         checkpoints.append(checkpoint("{epoch}-{batch}." + file, save_freq=STEPS, **only))
-    model = build(kit, two_replicas)
+    model = build(kit)
     recorder, _ = among(kit, model, checkpoints, order)
     assert_average(kit, model, recorder)
 
@@ -230,8 +230,8 @@ def test_backup_and_restore(kit, order, tmp_path):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_early_stopping_that_restores_weights(kit, two_replicas, order):
-    model = build(kit, two_replicas)
+def test_early_stopping_that_restores_weights(kit, order):
+    model = build(kit)
     stopping = kit.keras.callbacks.EarlyStopping(
         "loss", patience=9, mode="max", restore_best_weights=True
     )
@@ -272,7 +272,7 @@ def test_an_optimizer_with_an_average_of_its_own(kit, two_replicas, frequency):
         kit.keras.optimizers.SGD, RATE, momentum=0.9,
         use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=frequency,
     )}  # fmt: skip
-    if not frequency or kit.name == "tf_keras":  # Keras 3.15.1 itself cannot under a strategy
+    if not frequency:  # Keras 3.15.1 itself cannot overwrite weights under a strategy
         arguments["strategy"] = two_replicas
     expected, _ = among(kit, build(kit, **arguments), alone=True)
     model = build(kit, **arguments)

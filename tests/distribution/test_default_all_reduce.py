@@ -4,12 +4,13 @@ from tests.helpers.forks import Fork
 
 PROGRAM = """
 import numpy as np
-import tests.conftest  # virtual devices
 import tensorflow as tf
+from tests.helpers import devices
 from tests.helpers.kit import KITS
 from tests.helpers.data import positions
 from tests.helpers.assertions import assert_statistics, assert_weights
 
+devices.set_up()
 x = (np.random.default_rng(0).normal(size=(44, 3)) * [1, 3, 5] + [2, -5, 30]).astype("float32")
 y = np.random.default_rng(1).normal(size=(44, 1)).astype("float32")
 strategy = tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(4)])

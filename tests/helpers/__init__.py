@@ -1,1 +1,5 @@
-"""What tests share, each thing once."""
+"""What tests, and programs that they start, share: each thing once."""
+
+from tests.helpers import settings
+
+settings.apply()

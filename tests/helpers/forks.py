@@ -31,7 +31,7 @@ class Fork:
 
     def __init__(self, source: str, **environment: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        server = _running_server()
+        self._server = server = _running_server()
         assert server.stdin
         request = {"source": source, "environment": environment, "folder": self._folder.name}
         server.stdin.write(json.dumps(request) + "\n")
@@ -41,6 +41,7 @@ class Fork:
         """Wait for its end; return its exit code and what it has written."""
         folder, started = Path(self._folder.name), time.monotonic()
         while not (folder / "code").exists():
+            assert self._server.poll() is None
             if time.monotonic() - started > FOREVER:
                 _stop()
                 raise TimeoutError(f"A program hangs: {(folder / 'stderr').read_text()[-4000:]}")

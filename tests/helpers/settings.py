@@ -60,7 +60,7 @@ def collect_garbage() -> None:
         gc.collect()
         return
     number = next(_tests)
-    if number % 8 == 0:
+    if number % 16 == 0:
         _forget_custom_gradients()
         gc.collect()
     if number == 0:

@@ -154,7 +154,7 @@ for epochs in (3, 4):
 def test_the_blocks_of_readme_and_guide_run_one_after_another(kit, blocks, pytestconfig, tmp_path):
     package = kit.keras.__name__
     first, *others = blocks(README)
-    program = "import sklearn, tests\n"  # its settings
+    program = "import sklearn, tests.helpers\n"  # its settings
     for block in (first, *others, first, *blocks(GUIDE)):
         checks = [check for text, check in CHECKS.items() if text in block]
         program += block + "".join(checks).replace("{package}", package)

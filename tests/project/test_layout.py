@@ -66,7 +66,7 @@ def test_test_modules_share_helpers_and_import_nothing_from_each_other_or_from_s
     wrong = []
     for path in (ROOT / "tests").rglob("*.py"):
         for name in imports(ast.parse(path.read_text("utf-8"))):
-            shared = name.startswith("tests.helpers") or name in ("tests", "tests.conftest")
+            shared = name.startswith("tests.helpers")
             if name.startswith("scripts") or (name.startswith("tests") and not shared):
                 wrong.append((path.name, name))
     assert not wrong
