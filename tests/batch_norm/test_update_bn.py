@@ -19,7 +19,7 @@ from tests.helpers.devices import devices, mirrored
 from tests.helpers.kit import KITS
 from tests.helpers.marks import takes_missing_inputs, with_renorm
 
-pytestmark = [pytest.mark.optimized_graphs, pytest.mark.either_keras]
+pytestmark = pytest.mark.either_keras
 
 
 NO_STRATEGY = tf.distribute.get_strategy()
@@ -162,6 +162,7 @@ def test_any_kind_of_data_with_and_without_targets(kit, feed):
 
 
 @pytest.mark.exactness
+@pytest.mark.optimized_graphs
 def test_one_answer_however_the_data_is_cut(kit, strategy):
     model = build(kit, strategy, norms=1)
     for size in (1, 2, 7, 32, 38):
@@ -181,6 +182,7 @@ def test_replicas_and_batches_without_samples(kit, four_replicas):
 
 
 @pytest.mark.exactness
+@pytest.mark.optimized_graphs
 def test_it_is_the_callbacks_pass(kit, two_replicas):
     model = build(kit, two_replicas)
     model.compile("sgd", "mse", jit_compile=False)
