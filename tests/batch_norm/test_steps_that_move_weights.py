@@ -55,6 +55,14 @@ def moving_after_the_step(model, x, y, gradients):
     return result
 
 
+def moving_by_a_bare_operation(model, x, y, gradients):
+    """Past the methods of the weight: only what it is at the end of the pass tells."""
+    result = gradients()
+    weight = model.tensors[0]
+    tf.raw_ops.AssignVariableOp(resource=weight.handle, value=0.99 * weight)
+    return result
+
+
 def clipping_what_is_small(model, x, y, gradients):
     for weight in model.tensors:
         weight.assign(tf.clip_by_value(weight, -1e3, 1e3))
@@ -103,7 +111,8 @@ def variance_of(kit, model):
 
 
 @pytest.mark.parametrize(
-    "perturb", [sharpness_aware, adversarial, one_layer, moving_after_the_step]
+    "perturb",
+    [sharpness_aware, adversarial, one_layer, moving_after_the_step, moving_by_a_bare_operation],
 )
 def test_weights_that_move_within_the_step_are_noticed(kit, perturb):
     model = perturbing(kit, perturb)
