@@ -4,6 +4,7 @@ They are forks of a process that has imported them, and has used neither.
 """
 
 import atexit
+import functools
 import json
 import os
 import signal
@@ -18,8 +19,6 @@ from typing import Any
 
 from tests.helpers.processes import FOREVER, ROOT
 
-_server: subprocess.Popen | None = None
-
 
 class Fork:
     """A program that runs in a fork.
@@ -31,7 +30,7 @@ class Fork:
 
     def __init__(self, source: str, **environment: str) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._server = server = _running_server()
+        server = _server()
         assert server.stdin
         request = {"source": source, "environment": environment, "folder": self._folder.name}
         server.stdin.write(json.dumps(request) + "\n")
@@ -41,9 +40,8 @@ class Fork:
         """Wait for its end; return its exit code and what it has written."""
         folder, started = Path(self._folder.name), time.monotonic()
         while not (folder / "code").exists():
-            assert self._server.poll() is None
+            assert _server().poll() is None
             if time.monotonic() - started > FOREVER:
-                _stop()
                 raise TimeoutError(f"A program hangs: {(folder / 'stderr').read_text()[-4000:]}")
             time.sleep(0.02)
         texts = [(folder / name).read_text() for name in ("code", "stdout", "stderr")]
@@ -51,22 +49,16 @@ class Fork:
         return subprocess.CompletedProcess((), int(texts[0]), *texts[1:])
 
 
-def _running_server() -> subprocess.Popen:
-    global _server
-    if _server is None or _server.poll() is not None:
-        command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", __name__]
-        _server = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True
-        )
-        atexit.register(_stop)
-    return _server
-
-
-def _stop() -> None:
-    """End the server, and what still runs of its programs."""
-    assert _server
-    os.killpg(_server.pid, signal.SIGKILL)
-    _server.wait()
+@functools.cache
+def _server() -> subprocess.Popen:
+    """Return the process that forks; with this one it ends, and so does what still runs of it."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-m", __name__]
+    server = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    atexit.register(server.wait)
+    atexit.register(os.killpg, server.pid, signal.SIGKILL)  # the last that is registered is first
+    return server
 
 
 def _serve(requests: Iterable[str]) -> dict[str, Any] | None:
