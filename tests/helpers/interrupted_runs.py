@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.helpers import devices
+from tests.helpers.kit import KITS
 from tests.helpers.models import build_optimizer
 
 SEED, EPOCHS = 5, 6
@@ -227,8 +228,6 @@ def fork(*arguments):
 def main(name, folder):
     """Run what there is for a Keras version, in folders of this one."""
     folder = Path(folder)
-    from tests.helpers.kit import KITS
-
     kit = next(kit for kit in KITS if kit.name == name)
     generator = random.Random(SEED)
     # What resumes is the same code under both: each has half of the scenarios, or all of them.

@@ -14,6 +14,7 @@ import tensorflow as tf
 from tensorflow.python.distribute.collective_all_reduce_strategy import CollectiveAllReduceExtended
 
 from swa_dist import update_bn
+from tests.helpers.kit import KITS
 
 STEPS, EPOCHS, START = 3, 6, 2
 SIZES = [8, 5]  # samples of a replica's batches, by worker
@@ -75,8 +76,6 @@ def main(directory, scenario, n_devices):
     )
     # Without a timeout: however long a worker waits for a slow one, it learns of a dead one.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-
-    from tests.helpers.kit import KITS
 
     kit = KITS[scenario != "keras3"]
     keras = kit.keras
