@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 AS_USERS_HAVE_IT = os.environ.get("SWA_TEST_SETTINGS") == "default"
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if not AS_USERS_HAVE_IT:
-    # Keras imports them where they are installed, which takes a third as long as all else. What
-    # needs one imports it before this module, or removes it from `sys.modules`.
-    for module in ("matplotlib", "sklearn"):
-        sys.modules.setdefault(module, None)  # type: ignore[arg-type]
+# Keras imports them where they are installed, which takes a third as long as all else. What needs
+# one imports it before this module, or removes it from `sys.modules`.
+HIDDEN_FROM_KERAS = [] if AS_USERS_HAVE_IT else ["matplotlib", "sklearn"]
+for module in HIDDEN_FROM_KERAS:
+    sys.modules.setdefault(module, None)  # type: ignore[arg-type]
 if not AS_USERS_HAVE_IT and not os.environ.get("CI"):
     # It rewrites every graph, and every operation without one, for kernels that pay off on larger
     # tensors than these: tests take four fifths of the time without it.

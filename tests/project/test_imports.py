@@ -9,13 +9,12 @@ import sys
 import swa_dist
 import swa_dist.keras
 import swa_dist.tfkeras
+from tests.helpers.settings import HIDDEN_FROM_KERAS
 from tests.helpers.sources import PACKAGE
 
 PRELUDE = """
 import json, sys
 
-# Keras would import them, which takes as long as Keras.
-sys.modules |= dict.fromkeys(["matplotlib", "sklearn"])
 told = {}
 
 def imported():
@@ -37,8 +36,9 @@ def ask(code, **environment):
         for name, value in os.environ.items()
         if name not in {"TF_USE_LEGACY_KERAS", "KERAS_BACKEND"}
     }
+    hide = f"sys.modules |= dict.fromkeys({HIDDEN_FROM_KERAS})"
     out = subprocess.run(
-        [sys.executable, "-c", f"{PRELUDE}\n{code}\nprint(json.dumps(told))"],
+        [sys.executable, "-c", f"{PRELUDE}\n{hide}\n{code}\nprint(json.dumps(told))"],
         env={**inherited, "PYTHONPATH": str(PACKAGE.parent), **environment},
         capture_output=True,
         text=True,
